@@ -1,0 +1,80 @@
+"""What a data source is: an indexable list of samples, or of minimal pairs, with what is known about their labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    Picture = Image | Tensor
+    """A PIL image (EXIF orientation applied, any mode) or a uint8 tensor (3, H, W')."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image with what is known about it. ``id`` is stable and unique within the source."""
+
+    id: str
+    image: Picture
+    captions: tuple[str, ...] = ()
+    label: int | None = None
+    attributes: Mapping[str, int] = field(default_factory=dict)
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A minimal pair in the manner of MMVP-VLM: text i describes image i and not the other one."""
+
+    id: str
+    images: tuple[Picture, Picture]
+    texts: tuple[str, str]
+    pattern: str
+
+
+@runtime_checkable
+class Source(Protocol):
+    """An indexable data source; ``source[i]`` is deterministic and safe in worker processes.
+
+    ``classes[k]`` names label k, ``templates`` are prompts with one ``{}`` that suit the classes, ``attributes``
+    {name: value names} describes ``Sample.attributes``. All three are empty when unknown. ``fingerprint`` changes
+    whenever the samples do. ``source[i]`` raises ``BadSample`` for an unreadable sample.
+    """
+
+    name: str
+    fingerprint: str
+    classes: Sequence[str]
+    templates: Sequence[str]
+    attributes: Mapping[str, Sequence[str]]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+@runtime_checkable
+class PairSource(Protocol):
+    """An indexable source of minimal pairs; ``patterns`` are the names that ``Pair.pattern`` takes."""
+
+    name: str
+    fingerprint: str
+    patterns: Sequence[str]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Pair: ...
+
+
+class BadSample(Exception):  # noqa: N818 - it names a sample, the loader decides whether it is an error
+    """One sample can't be read; ``reason`` is one short line without the path."""
+
+    def __init__(self, sample_id: str, reason: str) -> None:
+        super().__init__(f"{sample_id}: {reason}")
+        self.sample_id, self.reason = sample_id, reason
+
+    def __reduce__(self) -> tuple[type[BadSample], tuple[str, str]]:
+        return BadSample, (self.sample_id, self.reason)

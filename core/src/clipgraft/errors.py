@@ -1,0 +1,41 @@
+"""Errors that are one clear line with the fix. Exit codes: 2 for bad input, 1 for a failure while working."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class ClipgraftError(Exception):
+    """A failure while working; the command line prints it as one line and exits with ``exit_code``."""
+
+    exit_code = 1
+
+
+class InputError(ClipgraftError):
+    """Bad input: a name, path, config value or file that the user can correct."""
+
+    exit_code = 2
+
+
+class PluginError(ClipgraftError):
+    """A plugin could not be loaded, resolved or built."""
+
+
+class NonFiniteLossError(ClipgraftError):
+    """The loss became NaN or infinite; the optimizer step was not taken."""
+
+
+class Interrupted(ClipgraftError):  # noqa: N818 - it ends a run on request, it is no fault
+    """The run was asked to stop (SIGINT, SIGTERM) and has saved its state."""
+
+    exit_code = 130
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str], *, hint: str = "") -> InputError:
+    """An ``InputError`` for a name that isn't there, with close matches."""
+    import difflib
+
+    choices = sorted(known)
+    close = difflib.get_close_matches(name, choices, n=3, cutoff=0.5)
+    text = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(choices[:12]) or 'none'}."
+    return InputError(f"unknown {kind} {name!r}; {text}{' ' + hint if hint else ''}")
