@@ -1,0 +1,1 @@
+"""Configuration: typed, frozen, closed, written out in full."""

@@ -1,0 +1,125 @@
+"""The settings that every recipe shares. A recipe's config model subclasses ``RunConfig``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from clipgraft.spec import Kind
+
+
+class Config(BaseModel):
+    """Base of every config: frozen, unknown keys are errors, no silent coercion of strings to numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=())
+
+
+class Node(BaseModel):
+    """A registered component with its settings: ``{use: plugin/name, key: value}``; a bare string means no settings."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    kind: ClassVar[Kind]
+    use: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything but ``use``."""
+        return dict(self.model_extra or {})
+
+
+def _as_node(value: Any) -> Any:
+    return {"use": value} if isinstance(value, str) else value
+
+
+class GraftNode(Node):
+    """A graft by name."""
+
+    kind: ClassVar[Kind] = "graft"
+
+
+class LossNode(Node):
+    """A loss by name, with its ``weight`` among the settings of the stage that uses it."""
+
+    kind: ClassVar[Kind] = "loss"
+
+
+class HookNode(Node):
+    """A lifecycle hook by name."""
+
+    kind: ClassVar[Kind] = "run-hook"
+
+
+class EvaluatorNode(Node):
+    """An evaluator by name, with the ``data`` reference that it measures on (default: ``evaluate.data``)."""
+
+    kind: ClassVar[Kind] = "evaluator"
+    data: str | None = None
+
+
+GraftRef = Annotated[GraftNode, BeforeValidator(_as_node)]
+LossRef = Annotated[LossNode, BeforeValidator(_as_node)]
+HookRef = Annotated[HookNode, BeforeValidator(_as_node)]
+EvaluatorRef = Annotated[EvaluatorNode, BeforeValidator(_as_node)]
+
+
+class ModelConfig(Config):
+    """The base model: ``from`` is any model reference."""
+
+    from_: str = Field(alias="from", description="registered encoder, open_clip:ARCH[/TAG], hf:ORG/NAME or a directory")
+
+
+class DataConfig(Config):
+    """Training data."""
+
+    from_: str = Field(alias="from", description="folder:DIR, csv:FILE, or a registered dataset (plugin/name?key=value)")
+    max_bad: float = Field(0.01, ge=0, le=1, description="share of unreadable samples above which the run fails")
+    workers: int = Field(0, ge=0, description="data worker processes per rank")
+    max_pixels: int = Field(100_000_000, gt=0, description="larger images are refused as decompression bombs [pixels]")
+
+
+class TrainConfig(Config):
+    """One training stage."""
+
+    steps: int = Field(..., gt=0, description="optimizer steps")
+    batch_size: int = Field(..., gt=0, description="samples per optimizer step over all ranks and chunks")
+    lr: float = Field(..., gt=0, description="peak learning rate")
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    momentum: float = Field(0.9, ge=0, lt=1, description="for sgd")
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0, description="not applied to biases, norms and scalars")
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: int = Field(0, ge=0, description="linear warm-up [steps]")
+    layer_decay: float = Field(1.0, gt=0, le=1, description="learning rate factor per tower block from the top")
+    clip_norm: float | None = Field(1.0, gt=0, description="gradient L2 norm limit; null switches it off")
+    accumulate: int = Field(1, gt=0, description="chunks per optimizer step; batch-coupled losses use the feature cache")
+    ema: float | None = Field(None, gt=0, lt=1, description="decay per step of averaged weights, exported when set")
+    log_every: int = Field(10, gt=0, description="[steps]")
+    save_every: int = Field(0, ge=0, description="resume state every n steps; 0 saves only on a stop request [steps]")
+    keep: int = Field(2, gt=0, description="resume states to keep")
+    evaluate_every: int = Field(0, ge=0, description="run evaluate.on every n steps; 0 never [steps]")
+
+
+class EvaluateConfig(Config):
+    """What is measured before and after the run."""
+
+    on: tuple[EvaluatorRef, ...] = ()
+    data: str | None = Field(None, description="default data reference of the evaluators")
+    batch_size: int = Field(256, gt=0)
+    every_stage: bool = False
+
+
+class RunConfig(Config):
+    """The top level of a run; recipes add their own blocks."""
+
+    model: ModelConfig
+    data: DataConfig
+    grafts: tuple[GraftRef, ...] = ()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    hooks: tuple[HookRef, ...] = ()
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    requires: tuple[str, ...] = Field((), description="requirements of plugins, such as clipgraft-diffusion>=0.1")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast; weights stay fp32")
+    seed: int = Field(0, ge=0)
+    threads: int | None = Field(None, gt=0, description="CPU threads of this process; null leaves them")
