@@ -88,6 +88,10 @@ class TrainStage(nn.Module):
     def after_update(self, step: int) -> None:
         """Called after every optimizer step: clamp a scale, update a teacher."""
 
+    def final_metrics(self) -> dict[str, float]:
+        """What the method measures once, after its last step."""
+        return {}
+
     def freeze(self, module: nn.Module) -> nn.Module:
         """No gradient, eval mode for good, absent from optimizer and checkpoint."""
         module.requires_grad_(False).eval()
