@@ -1,0 +1,110 @@
+"""The command line: one table of commands for core and plugins, targets imported on invocation, errors in one place.
+
+Never import click here: Typer vendors its own.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from clipgraft.errors import ClipgraftError
+from clipgraft.registry import Registry, current, one_line, use
+
+if TYPE_CHECKING:
+    from clipgraft.spec import CommandSpec
+
+
+class Root(TyperGroup):
+    """``clipgraft``: stubs with the recorded help while rendering, the target imported on invocation."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names in table order."""
+        return list(self._table(ctx))
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """A stub that knows its help only."""
+        self._table(ctx)
+        return super().get_command(ctx, cmd_name)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The real command, imported now."""
+        table = self._table(ctx)
+        name, stub, rest = super().resolve_command(ctx, args)
+        return name, stub and _command(table[str(name)]), rest
+
+    def _table(self, ctx: Any) -> dict[str, CommandSpec]:
+        """Every command by name; the stubs are refreshed with it."""
+        if ctx.obj is None:
+            files = ctx.params.get("plugin") or ()
+            ctx.obj = ctx.with_resource(use(Registry.discover(files=files))) if files else current()
+        table = {spec.name: spec for spec in ctx.obj.commands()}
+        self.commands = {name: TyperCommand(name, help=spec.help) for name, spec in table.items()}
+        return table
+
+
+def _command(spec: CommandSpec) -> Any:
+    """The command that a spec's target makes."""
+    target = current().resolve(spec.target)
+    if isinstance(target, typer.Typer):
+        return typer.main.get_group(target)
+    app = typer.Typer(add_completion=False)
+    app.command(spec.name, help=spec.help)(target)
+    return typer.main.get_command(app)
+
+
+app = typer.Typer(
+    cls=Root, name="clipgraft", no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]}
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import clipgraft
+
+        print(f"clipgraft {clipgraft.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    plugin: Annotated[
+        list[Path] | None, typer.Option(help="Also load this plugin file.", metavar="FILE", is_eager=True)
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Post-train, adapt, merge, evaluate and ship CLIP."""
+
+
+def main(args: list[str] | None = None) -> None:
+    """The console script: runs a command and exits with 0 done, 1 failed, 2 bad input, or 130 interrupted."""
+    given = sys.argv[1:] if args is None else args
+    try:
+        code = typer.main.get_command(app).main(given, prog_name="clipgraft", standalone_mode=False)
+    except ClipgraftError as error:
+        code = _failed(str(error), error.exit_code, given)
+    except typer.Abort:
+        code = _failed("aborted", 1, given)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # wrong usage, from Typer's vendored click
+            code = _failed(f"{error.format_message()} (see --help)", 2, given)
+        else:
+            code = _failed(f"{one_line(error)}; run again with --debug for the traceback", 1, given)
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _failed(message: str, code: int, args: list[str]) -> int:
+    """Print one line, and the traceback of the exception being handled with ``--debug``."""
+    if "--debug" in args:
+        import traceback
+
+        traceback.print_exc()
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code
