@@ -80,8 +80,21 @@ class TextEncoder(nn.Module):
     context_length: int
     trim_exact: bool
 
-    def forward(self, tokens: Tensor, want: FeatureRequest = DEFAULT_REQUEST) -> TextFeatures:
-        """Token ids (B, L) int64, or token embeddings (B, L, W) with ``tokens`` of floating dtype -> features."""
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids (B, L) -> token embeddings (B, L, W) without positions, for prompt learning."""
+        raise NotImplementedError  # pragma: no cover - the subclass is the tower
+
+    def trim(self, tokens: Tensor) -> Tensor:
+        """Token ids (B, L) -> (B, L') without the columns that no pooled embedding sees; unchanged otherwise."""
+        return tokens
+
+    def forward(
+        self, tokens: Tensor, want: FeatureRequest = DEFAULT_REQUEST, *, ids: Tensor | None = None
+    ) -> TextFeatures:
+        """Token ids (B, L) int64 -> features; or token embeddings (B, L, W) with the ``ids`` (B, L) they stand for,
+
+        from which pooling and masks are read (a learned token has any id that is neither the end nor padding).
+        """
         raise NotImplementedError  # pragma: no cover - the subclass is the tower
 
 
