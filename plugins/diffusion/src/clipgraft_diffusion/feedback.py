@@ -1,0 +1,51 @@
+"""The generator's verdict on an embedding: how well it restores the image's latent when told that embedding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from clipgraft_diffusion.condition import GlobalCondition
+from clipgraft_diffusion.denoiser import FluxDenoiser
+from clipgraft_diffusion.flow import TimeLaw, flow_losses, mix, velocity
+
+
+@dataclass(frozen=True, slots=True)
+class ConditionGap:
+    """Mean loss with each image's own condition and with another image's, same noise and noise levels."""
+
+    right: float
+    wrong: float
+
+    @property
+    def gap(self) -> float:
+        """Relative rise of the loss; 0 means that the generator ignores what it is told."""
+        return self.wrong / self.right - 1
+
+
+class Feedback(nn.Module):
+    """Projectors, denoiser and the rectified-flow objective: (z, clean latent) -> loss per sample."""
+
+    def __init__(self, condition: GlobalCondition, denoiser: FluxDenoiser, *, times: TimeLaw) -> None:
+        super().__init__()
+        self.condition, self.denoiser, self.times = condition, denoiser, times
+
+    def forward(self, z: Tensor, x1: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Embedding z (B, D), clean latent x1 (B, N, C) -> losses (B,). Draws first t, then the noise."""
+        t, x0 = self.draw(x1, generator)
+        return flow_losses(self.denoiser(mix(x1, x0, t), t, self.condition(z)), velocity(x1, x0))
+
+    def draw(self, x1: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Noise levels (B,) and noise (B, N, C) for a batch of latents."""
+        t = self.times.sample(len(x1), device=x1.device, generator=generator)
+        return t, torch.randn(x1.shape, device=x1.device, generator=generator)
+
+    @torch.no_grad()
+    def condition_gap(self, z: Tensor, x1: Tensor, *, seed: int = 0) -> ConditionGap:
+        """Does the generator listen? z (B, D), x1 (B, N, C) with B of 2 or more."""
+        t, x0 = self.draw(x1, torch.Generator(x1.device).manual_seed(seed))
+        x_t, target, told = mix(x1, x0, t), velocity(x1, x0), self.condition(z)
+        right, wrong = (flow_losses(self.denoiser(x_t, t, c), target).mean() for c in (told, told.rolled()))
+        return ConditionGap(right=float(right), wrong=float(wrong))

@@ -1,0 +1,116 @@
+"""Settings of ``diffusion/genhancer``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from clipgraft.config.schema import Config, RunConfig, TrainConfig
+from clipgraft_diffusion.flow import LogitNormal, TimeLaw, Uniform
+
+
+class LatentConfig(Config):
+    """What is denoised."""
+
+    kind: Literal["vae", "tokens"] = Field("tokens", description="a VAE latent, or patch tokens of a frozen tower")
+    vae: str = Field("black-forest-labs/FLUX.1-dev", description="directory or Hugging Face id of an AutoencoderKL")
+    subfolder: str | None = Field("vae", description="folder of the autoencoder inside the Hugging Face repository")
+    of: str = Field("self", description="whose tokens: self (the untouched base) or any model reference")
+    pool: int = Field(1, gt=0, description="average pool x pool neighbouring tokens")
+    samples: int = Field(2048, gt=1, description="training images for the tokens' mean and spread")
+
+
+class ConditionConfig(Config):
+    """Widths of the projected embedding."""
+
+    vec_dim: int = Field(768, gt=0, description="pooled condition, modulates every block")
+    txt_dim: int = Field(4096, gt=0, description="condition token of the joint attention")
+    shuffled: bool = Field(False, description="control arm: the generator sees another image's latent")
+
+
+class DenoiserConfig(Config):
+    """The FLUX-like transformer."""
+
+    width: int = Field(3072, gt=0)
+    heads: int = Field(24, gt=0)
+    depth: int = Field(2, gt=0, description="MM-DiT blocks")
+    single_depth: int = Field(4, gt=0, description="single-stream blocks")
+    guidance: float | None = Field(4.0, description="constant fed to the guidance embedder; null leaves it out")
+    prediction: Literal["velocity", "sample"] = "velocity"
+    positions: int = Field(0, ge=0, description="learnt channels per latent position; 0: rotary embedding alone")
+    checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
+
+
+class FlowConfig(Config):
+    """The law of noise levels."""
+
+    law: Literal["logit-normal", "uniform"] = "logit-normal"
+    scale: float = Field(1.0, gt=0, description="spread of the logit-normal law")
+    low: float = Field(0.0, ge=0, le=1, description="of the uniform law")
+    high: float = Field(1.0, ge=0, le=1, description="of the uniform law")
+    compat: Literal["official", "fixed"] = Field("fixed", description="official: timestep and ids rounded to bf16")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> FlowConfig:
+        if self.low >= self.high:
+            raise ValueError(f"low {self.low} must be below high {self.high}")
+        return self
+
+    def build(self) -> TimeLaw:
+        """The law."""
+        return LogitNormal(self.scale) if self.law == "logit-normal" else Uniform(self.low, self.high)
+
+
+class LoraConfig(Config):
+    """Adapters on the image tower, as the graft core/lora takes them."""
+
+    rank: int = Field(16, gt=0)
+    alpha: float = Field(16.0, gt=0)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    bias: bool = Field(True, description="train the biases of the adapted layers too")
+
+
+class AnchorConfig(Config):
+    """Retention of the base's zero-shot decisions; the paper has none."""
+
+    weight: float = Field(0.0, ge=0)
+    temperature: float | None = Field(None, gt=0, description="factor on the base's cosines; null: its logit scale")
+    learn_temperature: bool = False
+
+
+class GeneratorConfig(Config):
+    """Stage 1: CLIP frozen, projectors and denoiser trained from scratch."""
+
+    train: TrainConfig
+
+
+class ClipConfig(Config):
+    """Stage 2: the image tower trained by the generator's feedback."""
+
+    train: TrainConfig
+    tune: Literal["lora", "full"] = "lora"
+    lora: LoraConfig = LoraConfig()
+    trainable: Literal["only", "all"] = Field("only", description="all: projectors and denoiser go on learning")
+    generator_lr: float = Field(1.0, gt=0, description="factor on train.lr for projectors and denoiser, with all")
+    weight: float = Field(1.0, ge=0, description="of the feedback; 0 is the anchor-only control arm, without stage 1")
+    anchor: AnchorConfig = AnchorConfig()
+    flow: FlowConfig | None = Field(None, description="another law than stage 1's")
+
+
+class GenHancerConfig(RunConfig):
+    """``diffusion/genhancer``."""
+
+    latent: LatentConfig = LatentConfig()
+    condition: ConditionConfig = ConditionConfig()
+    denoiser: DenoiserConfig = DenoiserConfig()
+    flow: FlowConfig = FlowConfig()
+    crop: tuple[float, float] | None = Field((0.9, 1.0), description="area range of the random crop; null: none")
+    generator: GeneratorConfig
+    clip: ClipConfig
+
+    @model_validator(mode="after")
+    def _trains_something(self) -> GenHancerConfig:
+        if self.clip.weight == 0 and self.clip.anchor.weight == 0:
+            raise ValueError("clip.weight and clip.anchor.weight are both 0, nothing would be trained; raise one")
+        return self
