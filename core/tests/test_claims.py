@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import json
+import random
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from clipgraft.claims import Arm, Claim, Gain, Job, Kept, check, judge, paired_p_value
+from clipgraft.errors import ClipgraftError, InputError
+
+PAIRS, ZERO = "core/pairs.mean", "core/zero-shot.top1"
+
+
+def claim(**changes: object) -> Claim:
+    standard = Claim(
+        name="fake/sharper",
+        statement="Details become readable.",
+        paper="A. Author, A title, 2025",
+        bases=("toyworld/clip", "toyworld/clip-1"),
+        method=Arm(name="method", recipe="fake/sharper:tiny"),
+        controls=(Arm(name="anchor-only", recipe="fake/sharper:tiny", overrides=("flow.weight=0",)),),
+        gains=(Gain(metric=PAIRS, over="anchor-only", at_least=0.08), Gain(metric=PAIRS, over="before", at_least=0.05)),
+        kept=(Kept(metric=ZERO, share=0.95),),
+        budget=480,
+    )
+    return replace(standard, **changes)  # type: ignore[arg-type]
+
+
+def arms(after: list[float], control: list[float], *, zero: float = 0.78) -> dict[str, dict[str, list[float]]]:
+    n = len(after)
+    return {
+        "before": {PAIRS: [0.20] * n, ZERO: [0.80] * n},
+        "after": {PAIRS: after, ZERO: [zero] * n},
+        "anchor-only": {PAIRS: control, ZERO: [0.80] * n},
+    }
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 10, 40])
+@pytest.mark.parametrize("shift", [-1.0, 0.0, 0.3, 2.0, 30.0])
+def test_p_value_is_scipys(n: int, shift: float) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    draw = random.Random(f"{n}/{shift}")
+    differences = [draw.gauss(shift, 1) for _ in range(n)]
+    expected = stats.ttest_rel(differences, [0.0] * n, alternative="greater").pvalue
+    assert paired_p_value(differences) == pytest.approx(expected, rel=1e-7)
+
+
+def test_p_value_without_spread_is_decided_by_the_sign() -> None:
+    assert [paired_p_value([d] * 3) for d in (0.1, 0.0, -0.1)] == [0.0, 1.0, 1.0]
+
+
+def test_holds_when_every_gain_is_large_and_sure_and_the_rest_is_kept() -> None:
+    verdict = judge(claim(), arms([0.31, 0.32, 0.30], [0.20, 0.21, 0.20]))
+    assert verdict.unmet == () and len(verdict.met) == 3
+    assert verdict.p_value is not None and 0 < verdict.p_value < 0.05
+
+
+def test_a_gain_that_is_too_small_fails() -> None:
+    verdict = judge(claim(), arms([0.31, 0.32, 0.30], [0.24, 0.25, 0.24]))
+    assert verdict.unmet == (f"{PAIRS}: +0.0667 over anchor-only (needs +0.08), p = 0.0012 (needs below 0.05)",)
+    assert verdict.as_json()["holds"] is False
+
+
+def test_a_large_gain_that_chance_explains_fails() -> None:
+    verdict = judge(claim(), arms([0.60, 0.21, 0.22], [0.20, 0.20, 0.20]))
+    assert len(verdict.unmet) == 2 and all("p = 0.1" in text for text in verdict.unmet)
+    assert verdict.p_value == pytest.approx(0.197, abs=0.01)
+
+
+def test_what_must_be_kept_and_is_lost_fails() -> None:
+    verdict = judge(claim(), arms([0.31, 0.32, 0.30], [0.20, 0.21, 0.20], zero=0.70))
+    assert verdict.unmet == (f"{ZERO}: 0.7000 after 0.8000 (needs 95.0% of it, 0.7600)",)
+    assert verdict.as_json()["kept"] == {ZERO: pytest.approx([0.875] * 3)}
+
+
+def test_one_seed_is_undecided() -> None:
+    verdict = judge(claim(), arms([0.9], [0.1]))
+    assert verdict.p_value is None and [text.split(":")[0] for text in verdict.unmet] == ["undecided"]
+
+
+def test_the_method_against_itself_never_holds() -> None:
+    draw = random.Random(0)
+    rule = claim(gains=(Gain(metric=PAIRS, over="anchor-only", at_least=0.0),), kept=())
+    held = 0
+    for _ in range(400):
+        values = [[draw.gauss(0.3, 0.02) for _ in range(3)] for _ in range(2)]
+        held += not judge(rule, arms(*values)).unmet
+    assert 5 <= held <= 40, "alpha = 0.05 lets about 20 of 400 through"
+
+
+def test_json_has_the_documented_keys() -> None:
+    entry = json.loads(json.dumps(judge(claim(), arms([0.31, 0.32], [0.20, 0.21])).as_json()))
+    assert list(entry) == ["name", "statement", "holds", "seeds", "arms", "kept", "p_value", "seconds"]
+    assert list(entry["arms"]) == ["before", "after", "anchor-only"]
+    assert entry["seeds"] == 2 and all(len(v) == 2 for arm in entry["arms"].values() for v in arm.values())
+
+
+def test_the_rule_is_in_words() -> None:
+    assert claim().rule == (
+        "Holds if, in the mean over seeds, after exceeds anchor-only in core/pairs.mean by 0.08 or more; "
+        "after exceeds before in core/pairs.mean by 0.05 or more; core/zero-shot.top1 keeps 95.0% of before or more; "
+        "and every gain has p < 0.05 in a one-sided paired t-test over at least two seeds."
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"controls": (Arm(name="method", recipe="x"),)},
+        {"controls": (Arm(name="before", recipe="x"),)},
+        {"controls": (Arm(name="../out", recipe="x"),)},
+        {"gains": (Gain(metric=PAIRS, over="anchor", at_least=0.1),)},
+        {"gains": ()},
+        {"bases": ()},
+    ],
+)
+def test_a_claim_that_contradicts_itself_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(InputError, match="fake/sharper"):
+        claim(**changes)
+
+
+def fake_runner(ran: list[tuple[str, int]], *, gain: float = 0.12) -> Callable[[Job], None]:
+    """Writes what a run leaves: the method gains, the control does not; one base is better than the other."""
+    lock = threading.Lock()
+
+    def run_arm(job: Job) -> None:
+        with lock:
+            ran.append((job.arm.name, job.seed))
+        base = 0.2 if job.overrides[-1] == "model.from=toyworld/clip" else 0.3
+        after = base + 0.01 * job.seed + (gain if job.arm.name == "method" else 0.0)
+        job.folder.mkdir()
+        numbers = {"before": (base, 0.8), "after": (after, 0.79)}
+        measured = {w: {"core/pairs": {"mean": p}, "core/zero-shot": {"top1": z}} for w, (p, z) in numbers.items()}
+        (job.folder / "evaluations.json").write_text(json.dumps(measured))
+
+    return run_arm
+
+
+def identity(job: Job) -> str:
+    return f"{job.arm.recipe} {job.overrides}"
+
+
+def test_check_runs_every_arm_on_cycled_bases_and_pairs_the_seeds(tmp_path: Path) -> None:
+    ran: list[tuple[str, int]] = []
+    verdict = check(claim(), seeds=3, out=tmp_path, run_arm=fake_runner(ran), identity=identity)
+    assert sorted(ran) == [(arm, seed) for arm in ("anchor-only", "method") for seed in range(3)]
+    assert verdict.arms["before"][PAIRS] == [0.2, 0.3, 0.2]
+    assert verdict.arms["after"][PAIRS] == pytest.approx([0.32, 0.43, 0.34])
+    assert verdict.arms["anchor-only"][PAIRS] == pytest.approx([0.2, 0.31, 0.22])
+    assert verdict.unmet == () and verdict.seconds > 0
+    assert (tmp_path / "fake" / "sharper" / "seed-2" / "method" / "evaluations.json").exists()
+
+
+def test_finished_arms_are_reused_and_changed_ones_run_again(tmp_path: Path) -> None:
+    ran: list[tuple[str, int]] = []
+    first = check(claim(), seeds=2, out=tmp_path, run_arm=fake_runner(ran), identity=identity)
+    ran.clear()
+    again = check(claim(), seeds=3, out=tmp_path, run_arm=fake_runner(ran), identity=identity)
+    assert sorted(ran) == [("anchor-only", 2), ("method", 2)], "only the new seed"
+    assert {k: v[:2] for k, v in again.arms["after"].items()} == first.arms["after"]
+    ran.clear()
+    other = claim(method=Arm(name="method", recipe="fake/sharper:tiny", overrides=("steps=9",)))
+    changed = check(other, seeds=2, out=tmp_path, run_arm=fake_runner(ran, gain=0.01), identity=identity)
+    assert sorted(ran) == [("method", 0), ("method", 1)]
+    assert changed.arms["after"][PAIRS] == pytest.approx([0.21, 0.32]), "numbers of the new configuration"
+
+
+def test_a_failure_between_two_configurations_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
+    ran: list[tuple[str, int]] = []
+    check(claim(), seeds=1, out=tmp_path, run_arm=fake_runner(ran), identity=identity)
+
+    def dies_half_way(job: Job) -> None:
+        fake_runner(ran)(job)
+        raise ClipgraftError("disk full")
+
+    with pytest.raises(ClipgraftError, match="disk full"):
+        check(claim(), seeds=1, out=tmp_path, run_arm=dies_half_way, identity=lambda job: "another")
+    ran.clear()
+    check(claim(), seeds=1, out=tmp_path, run_arm=fake_runner(ran), identity=identity)
+    assert ("method", 0) in ran
+
+
+def test_a_failing_arm_stops_the_claim_and_keeps_what_was_done(tmp_path: Path) -> None:
+    ran: list[tuple[str, int]] = []
+
+    def run_arm(job: Job) -> None:
+        if job.arm.name == "anchor-only":
+            raise ClipgraftError("arm 'anchor-only' with seed 0 failed: out of memory")
+        fake_runner(ran)(job)
+
+    with pytest.raises(ClipgraftError, match="out of memory"):
+        check(claim(), seeds=9, out=tmp_path, run_arm=run_arm, identity=identity)
+    assert 0 < len(ran) < 9, "what waited behind the failure is not started"
+    assert len(list(tmp_path.rglob("method.json"))) == len(ran)
+
+
+def test_a_metric_that_no_arm_measured_is_named(tmp_path: Path) -> None:
+    odd = claim(kept=(Kept(metric="core/retrieval.r1", share=0.9),))
+    with pytest.raises(ClipgraftError, match=r"no finite 'core/retrieval.r1' before; it has core/pairs.mean"):
+        check(odd, seeds=1, out=tmp_path, run_arm=fake_runner([]), identity=identity)
