@@ -1,35 +1,31 @@
-"""Discover plugins, isolate the broken ones, resolve names. Importing this and listing import nothing heavy."""
+"""The registry: which plugins are in use, what they offer, and names turned into objects on first use."""
 
 from __future__ import annotations
 
 import builtins
+import importlib
 import importlib.metadata as metadata
-import importlib.util
 import os
 import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
-
-import pluggy
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from clipgraft import hookspecs
 from clipgraft.errors import ClipgraftError, InputError, PluginError, unknown_name
-from clipgraft.spec import API_GROUP, KINDS, CommandSpec, Component, Kind
+from clipgraft.manifests import FILE, HookManager, Load, PluginInfo, Registered, one_line, read, scan
+from clipgraft.spec import KINDS, CommandSpec, Kind
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from clipgraft.encoders.base import Encoder
 
-R = TypeVar("R", Component, CommandSpec)
-Status = Literal["ok", "disabled", "broken", "incompatible", "duplicate"]
+__all__ = ["PluginInfo", "Registered", "Registry", "current", "unmet", "use"]
 
 LATER_COMMANDS = ("compare", "embed", "search", "classify", "data", "new")
 """Names kept for the core beside the commands that it has."""
@@ -45,54 +41,13 @@ KNOWN_PLUGINS = {
 }
 """Plugins of the project and the names people look for, only to say what to install."""
 
-PLURALS: dict[str, Kind] = {"losses" if kind == "loss" else f"{kind}s": kind for kind in KINDS}
-"""Kinds as people and hook names write them."""
-
-_KIND_OF_HOOK: dict[str, Kind] = {f"clipgraft_{plural.replace('-', '_')}": kind for plural, kind in PLURALS.items()}
-
-
-@dataclass(slots=True)
-class PluginInfo:
-    """A plugin as found. ``components`` are full names, ``load_ms`` is import and hooks [ms], ``error`` one line."""
-
-    name: str
-    distribution: str
-    version: str = ""
-    status: Status = "ok"
-    components: list[str] = field(default_factory=list)
-    load_ms: float = 0.0
-    error: str = ""
-    traceback: str = ""
-    path: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Registered:
-    """A component and the plugin that gave it."""
-
-    plugin: str
-    kind: Kind
-    component: Component
-
-    @property
-    def name(self) -> str:
-        """``plugin/component``."""
-        return f"{self.plugin}/{self.component.name}"
-
-
-class _Manager(pluggy.PluginManager):
-    def parse_hookimpl_opts(self, plugin: object, name: str) -> Any:
-        """Look at our prefix only: older pluggy evaluates every property of what it inspects."""
-        return super().parse_hookimpl_opts(plugin, name) if name.startswith("clipgraft_") else None
-
 
 class Registry:
     """The plugins of this process and what they offer."""
 
     def __init__(self) -> None:
         self.plugins: list[PluginInfo] = []
-        self._manager = _Manager("clipgraft")
-        self._manager.add_hookspecs(hookspecs)
+        self._manager = HookManager("clipgraft", hookspecs, ("clipgraft_",))
         self._components: dict[tuple[Kind, str], Registered] = {}
         self._commands: list[CommandSpec] = []
 
@@ -112,25 +67,16 @@ class Registry:
         """
         allowed, disabled = _names("CLIPGRAFT_PLUGINS", allow), _names("CLIPGRAFT_DISABLE", disable) or set()
         strict = os.environ.get("CLIPGRAFT_STRICT", "0") not in ("", "0") if strict is None else strict
-        registry, found = cls(), _scan()
-        for path in map(Path, files):
-            if not path.is_file():
-                raise InputError(f"--plugin {path}: no such file; give the path of a plugin's Python file")
-            info = PluginInfo(path.stem.replace("_", "-"), "(file)", path=str(path))
-            found.append((info, lambda path=path: _import_file(path)))
-        found.sort(key=lambda pair: (pair[0].name != "core", pair[0].name))
-        for info, load in found:
+        registry, found = cls(), scan([Path(file) for file in files])
+        for index, (info, load) in enumerate(found):
             rivals = [i for i, _ in found if i.name == info.name and i is not info and i.status != "incompatible"]
-            installed = info.distribution != "(file)" and info.name != "core"
-            if installed and (info.name in disabled or (allowed is not None and info.name not in allowed)):
+            unwanted = info.name in disabled or (allowed is not None and info.name not in allowed)
+            if unwanted and index > 0 and info.distribution != FILE:
                 info.status = "disabled"
-            elif info.status == "ok" and rivals and load is not _import_core:
+            elif info.status == "ok" and rivals and index > 0:
                 info.status = "duplicate"
                 info.error = f"also offered by {', '.join(r.distribution for r in rivals)}; uninstall one of them"
-            registry.plugins.append(info)
-            if info.status == "ok":
-                with redirect_stdout(sys.stderr):  # a manifest that prints must not spoil --json
-                    registry._load(info, load)
+            registry._add(info, load)
             if info.status not in ("ok", "disabled"):
                 line = f"plugin {info.name} is {info.status}: {info.error}"
                 if strict:
@@ -140,36 +86,20 @@ class Registry:
             print(f"clipgraft: CLIPGRAFT_PLUGINS names {name!r}, which is not installed", file=sys.stderr)
         return registry
 
-    def _load(self, info: PluginInfo, load: Callable[[], ModuleType]) -> None:
-        """Import one manifest and call its hooks; any failure marks the plugin and drops all its records."""
-        start, components, commands = time.perf_counter(), list[Registered](), list[CommandSpec]()
+    def _add(self, info: PluginInfo, load: Load) -> None:
+        """Take up one plugin's records; a failure marks it broken and leaves nothing of it behind."""
+        self.plugins.append(info)
+        if info.status != "ok":
+            return
+        start = time.perf_counter()
         try:
-            if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", info.name):
-                raise PluginError(f"plugin name {info.name!r} is not lower-case letters, digits, dots and hyphens")
-            module = load()
-            info.path = getattr(module, "__file__", None) or info.path
-            self._manager.register(module, name=info.name)
-            for caller in self._manager.get_hookcallers(module) or ():
-                for impl in (i for i in caller.get_hookimpls() if i.plugin is module):
-                    if not caller.has_spec():
-                        raise unknown_name(
-                            "hook", caller.name, [*_KIND_OF_HOOK, "clipgraft_commands", "clipgraft_open"]
-                        )
-                    if impl.kwargnames or impl.wrapper or impl.hookwrapper:
-                        raise PluginError(f"hook {caller.name} must be a plain function without default arguments")
-                    if caller.name == "clipgraft_commands":
-                        commands += _records(caller.name, CommandSpec, impl.function())
-                    elif caller.name != "clipgraft_open":
-                        kind, records = _KIND_OF_HOOK[caller.name], _records(caller.name, Component, impl.function())
-                        components += [Registered(info.name, kind, record) for record in records]
+            with redirect_stdout(sys.stderr):  # a manifest that prints must not spoil --json
+                components, commands = read(self._manager, info, load)
             if info.name != "core" and [c.name for c in commands] not in ([], [info.name]):
                 raise PluginError(f"may offer one command group, named {info.name!r} like itself")
             if commands and info.name in (*LATER_COMMANDS, *(c.name for c in self._commands)):
                 raise PluginError(f"command {info.name!r} belongs to the core; rename the plugin")
-            keys = [(r.kind, r.name) for r in components]
-            if twice := sorted({key for key in keys if keys.count(key) > 1}):
-                raise PluginError(f"offers {' and '.join(f'{kind} {name}' for kind, name in twice)} twice")
-            self._components.update(zip(keys, components, strict=True))
+            self._components |= {(r.kind, r.name): r for r in components}
             self._commands += commands
             info.components = sorted({r.name for r in components})
         except (Exception, SystemExit) as error:  # a manifest that calls sys.exit must not end the tool either
@@ -192,8 +122,8 @@ class Registry:
             return found[0]
         if found:
             raise InputError(f"{kind} {name!r} is ambiguous; write one of {', '.join(r.name for r in found)}")
-        known = (r.name if "/" in name else r.component.name for r in everything)
-        raise unknown_name(kind, name, set(known), hint=self._hint(name))
+        known = {r.name if "/" in name else r.component.name for r in everything}
+        raise unknown_name(kind, name, known, hint=self._hint(name))
 
     def _hint(self, name: str) -> str:
         """What to do when ``name`` belongs to a plugin that is not in use."""
@@ -256,7 +186,7 @@ class Registry:
         failed: PluginError | None = None
         for impl in reversed(self._manager.hook.clipgraft_open.get_hookimpls()):
             try:
-                encoder: Encoder | None = impl.function(*[uri for _ in impl.argnames])
+                encoder: Any = impl.function(*[uri for _ in impl.argnames])
             except ClipgraftError:
                 raise
             except Exception as error:
@@ -264,7 +194,7 @@ class Registry:
                 failed.__cause__ = error
                 continue
             if encoder is not None:
-                return encoder
+                return cast("Encoder", encoder)
         if failed is not None:
             raise failed
         return None
@@ -279,6 +209,11 @@ class Registry:
                 raise InputError(f"this run requires {text}, which {problem}: pip install '{text}'")
             if idle:
                 raise InputError(f"this run requires {text}, but plugin {idle[0].name} is {idle[0].status}")
+
+    def freeze(self) -> builtins.list[dict[str, str]]:
+        """Name, distribution and version of the plugins in use."""
+        used = [info for info in self.plugins if info.status == "ok"]
+        return [{"name": i.name, "distribution": i.distribution, "version": i.version} for i in used]
 
 
 _current: Registry | None = None
@@ -318,11 +253,6 @@ def unmet(requirement: str) -> str:
     return "" if wanted.specifier.contains(version, prereleases=True) else f"is installed as {version}"
 
 
-def one_line(error: BaseException) -> str:
-    """``Type: message`` without line breaks."""
-    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
-
-
 def _distribution(requirement: str) -> str:
     """The normalised distribution name at the start of a requirement."""
     return re.sub(r"[-_.]+", "-", re.split(r"[^A-Za-z0-9._-]", requirement.strip(), maxsplit=1)[0]).lower()
@@ -333,60 +263,3 @@ def _names(variable: str, given: Iterable[str] | None) -> set[str] | None:
         return None
     names = os.environ[variable].split(",") if given is None else given
     return {name.strip() for name in names} - {""}
-
-
-def _records(hook: str, record: type[R], returned: object) -> list[R]:
-    """The records that a hook returned, checked as far as strings can be."""
-    if not isinstance(returned, list):
-        raise PluginError(f"hook {hook} must return a list of {record.__name__}, got {type(returned).__name__}")
-    for item in returned:
-        if not isinstance(item, record):
-            raise PluginError(f"hook {hook} must return a list of {record.__name__}, got one {type(item).__name__}")
-        for target in (item.target, getattr(item, "config", None) or item.target):
-            if not re.fullmatch(r"[\w.]+:[\w.]+", target) or not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", item.name):
-                raise PluginError(f"{item.name!r} -> {target!r}: expected a lower-case name and 'package.module:name'")
-    return returned
-
-
-def _import_core() -> ModuleType:
-    return importlib.import_module("clipgraft.core_plugin")
-
-
-def _import_file(path: Path) -> ModuleType:
-    """Import a file as the module named like it, so that its records can name their targets as ``stem:attribute``."""
-    known = importlib.util.find_spec(path.stem) if path.stem.isidentifier() else None
-    if not path.stem.isidentifier() or (known and Path(known.origin or "").resolve() != path.resolve()):
-        raise InputError(f"{path.name} can't be imported as {path.stem!r}; rename the file to an unused Python name")
-    spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
-    if spec is None or spec.loader is None:
-        raise InputError(f"{path.name} is not a Python file; its name must end in .py")
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[path.stem]
-        raise
-    return module
-
-
-def _scan() -> list[tuple[PluginInfo, Callable[[], ModuleType]]]:
-    """The core and every installed entry point of any API major, without importing one."""
-    try:
-        version = metadata.version("clipgraft")
-    except metadata.PackageNotFoundError:
-        version = ""
-    found: list[tuple[PluginInfo, Callable[[], ModuleType]]] = [
-        (PluginInfo("core", "clipgraft", version), _import_core)
-    ]
-    points = metadata.entry_points()
-    everything = [e for g in points.groups if re.fullmatch(r"clipgraft\.v\d+", g) for e in points.select(group=g)]
-    ours = {(e.name, e.dist and e.dist.name) for e in everything if e.group == API_GROUP}
-    for entry in everything:
-        info = PluginInfo(entry.name, entry.dist.name if entry.dist else "", entry.dist.version if entry.dist else "")
-        if entry.group != API_GROUP:
-            if (entry.name, entry.dist and entry.dist.name) in ours:  # one package may serve several majors
-                continue
-            info.status = "incompatible"
-            info.error = f"made for {entry.group}, this is {API_GROUP}; install a release of it for this clipgraft"
-        found.append((info, entry.load))
-    return found

@@ -13,7 +13,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from clipgraft.errors import ClipgraftError
-from clipgraft.registry import Registry, current, one_line, use
+from clipgraft.manifests import one_line
+from clipgraft.registry import Registry, current, use
 
 if TYPE_CHECKING:
     from clipgraft.spec import CommandSpec

@@ -8,7 +8,8 @@ import typer
 
 from clipgraft.cli.output import JsonFlag, emit, table
 from clipgraft.errors import unknown_name
-from clipgraft.registry import PLURALS, current
+from clipgraft.manifests import PLURALS
+from clipgraft.registry import current
 
 app = typer.Typer(name="plugins", no_args_is_help=True, help="List, show and diagnose plugins.")
 
