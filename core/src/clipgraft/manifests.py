@@ -119,7 +119,7 @@ def scan(files: Iterable[Path] = ()) -> list[tuple[PluginInfo, Load]]:
 
 
 def read(manager: HookManager, info: PluginInfo, load: Load) -> tuple[list[Registered], list[CommandSpec]]:
-    """Import one manifest and call its hooks. A failure drops the whole manifest: half a plugin fails later, stranger."""
+    """Import one manifest and call its hooks. A failure drops all of it: half a plugin fails later, stranger."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", info.name):
         raise PluginError(f"plugin name {info.name!r} is not lower-case letters, digits, dots and hyphens")
     module = load()

@@ -147,6 +147,16 @@ class Registry:
             raise PluginError(f"{target} can't be imported: {one_line(error)}") from error
         return found
 
+    def ready(self, kind: Kind, name: str) -> Registered:
+        """As ``get``, with what the component needs installed."""
+        registered = self.get(kind, name)
+        for requirement in registered.component.needs:
+            if problem := unmet(requirement):
+                raise PluginError(
+                    f"{registered.name} needs {requirement}, which {problem}: pip install '{requirement}'"
+                )
+        return registered
+
     def config_class(self, kind: Kind, name: str) -> type[BaseModel] | None:
         """The pydantic model of a component's settings; None when it has none."""
         config = self.get(kind, name).component.config
@@ -159,12 +169,7 @@ class Registry:
         """
         from clipgraft.config.load import validate
 
-        registered = self.get(kind, name)
-        for requirement in registered.component.needs:
-            if problem := unmet(requirement):
-                raise PluginError(
-                    f"{registered.name} needs {requirement}, which {problem}: pip install '{requirement}'"
-                )
+        registered = self.ready(kind, name)
         target, cls = self.resolve(registered.component.target), self.config_class(kind, registered.name)
         if cls is None and settings:
             raise InputError(f"{registered.name} has no settings, got {', '.join(settings)}; leave them out")

@@ -1,4 +1,4 @@
-"""Lifecycle hooks: objects whose ``@runhook`` methods a run calls. Only those the core, recipe or config names are on."""
+"""Lifecycle hooks: objects whose ``@runhook`` methods a run calls; only those that a recipe or config names are on."""
 
 from __future__ import annotations
 
