@@ -1,0 +1,41 @@
+"""Where samples come from: folders, tables and registered datasets, opened by one kind of reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clipgraft.data.base import PairSource, Source
+from clipgraft.data.images import MAX_PIXELS
+from clipgraft.errors import InputError
+
+if TYPE_CHECKING:
+    from clipgraft.registry import Registry
+
+
+def open_source(ref: str, *, registry: Registry | None = None, max_pixels: int = MAX_PIXELS) -> Source | PairSource:
+    """``folder:DIR``, ``csv:FILE`` or a registered dataset ``plugin/name?key=value&key=value`` (YAML scalars)."""
+    scheme, _, rest = ref.partition(":")
+    if scheme == "folder":
+        from clipgraft.data.folder import open_folder
+
+        return open_folder(rest, max_pixels=max_pixels)
+    if scheme == "csv":
+        from clipgraft.data.pairs import open_table
+
+        return open_table(rest, max_pixels=max_pixels)
+    name, _, query = ref.partition("?")
+    if ":" in name or not name or Path(name).exists():
+        hint = f"; did you mean {'csv' if Path(name).is_file() else 'folder'}:{name}?" if name else ""
+        raise InputError(f"{ref!r} is no data reference; expected folder:DIR, csv:FILE or a registered dataset{hint}")
+    from clipgraft.config.load import parse_yaml
+    from clipgraft.registry import current
+
+    pairs = [part.partition("=") for part in query.split("&") if part]
+    if bad := [key for key, equals, _ in pairs if not equals]:
+        raise InputError(f"{ref}: {bad[0]!r} has no value; write plugin/name?key=value&key=value")
+    settings = {key: parse_yaml(value, origin=ref) for key, _, value in pairs}
+    source: Source | PairSource = (registry or current()).build("dataset", name, settings)
+    if not len(source):
+        raise InputError(f"{ref} is empty")
+    return source

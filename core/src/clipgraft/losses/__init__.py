@@ -1,0 +1,1 @@
+"""Training objectives that a stage names in its config."""

@@ -1,0 +1,70 @@
+"""What a loss is: tensors in, named scalars out. B rows on this rank, D joint space, N patch tokens, W width."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clipgraft.distributed import gather_with_grad
+from clipgraft.errors import ClipgraftError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossInputs:
+    """What a stage knows about one batch; a loss names what it misses.
+
+    ``image`` and ``text`` (B, D) pooled, not normalised; ``logit_scale`` () exponentiated and ``logit_bias`` ();
+    ``tokens`` (B, N, W); the same from a frozen teacher, whose D, N and W may differ.
+    """
+
+    image: Tensor | None = None
+    text: Tensor | None = None
+    logit_scale: Tensor | None = None
+    logit_bias: Tensor | None = None
+    tokens: Tensor | None = None
+    teacher_image: Tensor | None = None
+    teacher_text: Tensor | None = None
+    teacher_tokens: Tensor | None = None
+
+    def need(self, name: str) -> Tensor:
+        """The field ``name``, 16-bit floats as fp32."""
+        value: Tensor | None = getattr(self, name)
+        if value is None:
+            given = ", ".join(f.name for f in fields(self) if getattr(self, f.name) is not None)
+            hint = "name a teacher in the recipe" if name.startswith("teacher") else "use a stage that computes it"
+            raise ClipgraftError(f"the loss needs {name}, the stage gives {given or 'nothing'}; {hint}")
+        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+
+class Loss(nn.Module):
+    """A pure objective; subclasses give ``terms``.
+
+    ``reduction`` is how processes combine. local: a mean over this rank's rows, whose mean over ranks is the whole.
+    global: computed alike on every rank from rows gathered with gradient. ring: a share per rank that sums by exchange.
+    ``batch_coupled``: rows are contrasted with each other. ``needs_*`` say which trained parts get a gradient.
+    """
+
+    batch_coupled: ClassVar[bool] = False
+    reduction: ClassVar[Literal["local", "global", "ring"]] = "local"
+    needs_tokens: bool = False
+    needs_scale: bool = False
+    needs_bias: bool = False
+
+    def forward(self, inputs: LossInputs) -> dict[str, Tensor]:
+        """Scalars by name, "loss" among them; never under autocast, whose 16 bits are too few for logits."""
+        device = next(v.device for f in fields(inputs) if (v := getattr(inputs, f.name)) is not None)
+        with torch.autocast(device.type, enabled=False):
+            return self.terms(inputs)
+
+    def terms(self, inputs: LossInputs) -> dict[str, Tensor]:
+        """The objective itself."""
+        raise NotImplementedError  # pragma: no cover - the subclass is the objective
+
+
+def gathered_unit(x: Tensor) -> Tensor:
+    """(B, D) -> (W*B, D) of length one from all W ranks, with gradient."""
+    return gather_with_grad(F.normalize(x, dim=-1))
