@@ -2,27 +2,88 @@
 
 from __future__ import annotations
 
-from clipgraft.spec import CommandSpec, hookimpl
+from clipgraft.spec import CommandSpec, Component, hookimpl
+
+
+@hookimpl
+def clipgraft_grafts() -> list[Component]:
+    """Grafts."""
+    return [
+        Component(
+            name="freeze",
+            target="clipgraft.encoders.grafts:Freeze",
+            config="clipgraft.encoders.grafts:Freeze",
+            summary="Take the gradient from towers, all but named parts",
+        ),
+        Component(
+            name="lora",
+            target="clipgraft.encoders.lora:Lora",
+            config="clipgraft.encoders.lora:Lora",
+            summary="Train low-rank adapters in frozen towers; plain weights again at export",
+            paper="Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, arXiv 2106.09685",
+        ),
+        Component(
+            name="resize-positions",
+            target="clipgraft.encoders.grafts:ResizePositions",
+            config="clipgraft.encoders.grafts:ResizePositions",
+            summary="Another image size: the grid of position embeddings is resampled",
+        ),
+    ]
+
+
+@hookimpl
+def clipgraft_losses() -> list[Component]:
+    """Losses."""
+    return [
+        Component(
+            name="clip",
+            target="clipgraft.losses.contrastive:ClipLoss",
+            config="clipgraft.losses.contrastive:ClipLossConfig",
+            summary="Symmetric cross-entropy over all image-text pairs of the global batch",
+            paper="Radford et al., Learning Transferable Visual Models From Natural Language Supervision, arXiv 2103.00020",
+        ),
+        Component(
+            name="siglip",
+            target="clipgraft.losses.sigmoid:SigLipLoss",
+            summary="A yes-or-no question for every image-text pair of the global batch",
+            paper="Zhai et al., Sigmoid Loss for Language Image Pre-Training, ICCV 2023, arXiv 2303.15343",
+        ),
+        Component(
+            name="distill",
+            target="clipgraft.losses.distill:distill",
+            config="clipgraft.losses.distill:DistillConfig",
+            summary="Stay close to a frozen teacher, in embeddings, features or similarities",
+        ),
+    ]
+
+
+@hookimpl
+def clipgraft_recipes() -> list[Component]:
+    """Recipes."""
+    return [
+        Component(
+            name="finetune",
+            target="clipgraft.finetune:Finetune",
+            config="clipgraft.finetune:FinetuneConfig",
+            summary="Train on image-text pairs with any losses and grafts",
+            presets="clipgraft.recipes",
+        )
+    ]
 
 
 @hookimpl
 def clipgraft_commands() -> list[CommandSpec]:
     """The commands of the core, in the order of the help."""
     table = {
-        "demo": "Improve a tiny CLIP, measure it before and after, open a report.",
-        "run": "Run a recipe: post-train, adapt or merge a model.",
-        "eval": "Measure a model with one or more evaluators.",
-        "export": "Write a model as a directory that clipgraft and open_clip can open.",
-        "report": "Write the HTML report of a run.",
-        "claims": "Check the papers' claims by experiment.",
-        "list": "List recipes, encoders, grafts, heads, losses, datasets, evaluators, claims or run-hooks.",
-        "show": "Show one component: summary, paper, settings, presets.",
-        "config": "Show, describe or compare run configurations.",
-        "plugins": "List, show and diagnose plugins.",
+        "demo": ("demo:demo", "Improve a tiny CLIP, measure it before and after, write a report."),
+        "run": ("run:run", "Run a recipe: post-train, adapt or merge a model."),
+        "eval": ("evaluate:evaluate", "Measure a model with one or more evaluators."),
+        "export": ("export:export", "Write a model as a directory that clipgraft and open_clip can open."),
+        "report": ("report:report", "Write the HTML report of a run."),
+        "claims": ("claims:claims", "Check the papers' claims by experiment."),
+        "list": ("plugins:list_components", "List recipes, encoders, losses, evaluators and all other components."),
+        "show": ("plugins:show", "Show one component: summary, paper, settings, presets."),
+        "config": ("config:app", "Show, describe or compare run configurations."),
+        "plugins": ("plugins:app", "List, show and diagnose plugins."),
     }
-    modules = {"eval": "evaluate", "list": "plugins", "show": "plugins"}
-    functions = {"eval": "evaluate", "list": "list_components", "show": "show", "config": "app", "plugins": "app"}
-    return [
-        CommandSpec(name=name, target=f"clipgraft.cli.{modules.get(name, name)}:{functions.get(name, name)}", help=text)
-        for name, text in table.items()
-    ]
+    return [CommandSpec(name=k, target=f"clipgraft.cli.{target}", help=text) for k, (target, text) in table.items()]

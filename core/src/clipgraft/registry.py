@@ -123,9 +123,9 @@ class Registry:
         if found:
             raise InputError(f"{kind} {name!r} is ambiguous; write one of {', '.join(r.name for r in found)}")
         known = {r.name if "/" in name else r.component.name for r in everything}
-        raise unknown_name(kind, name, known, hint=self._hint(name))
+        raise unknown_name(kind, name, known, hint=self.hint(name))
 
-    def _hint(self, name: str) -> str:
+    def hint(self, name: str) -> str:
         """What to do when ``name`` belongs to a plugin that is not in use."""
         plugin, _, bare = name.rpartition("/")
         plugin = plugin or next((p for p, names in KNOWN_PLUGINS.items() if bare in names.split()), "")

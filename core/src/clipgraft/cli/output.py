@@ -1,4 +1,4 @@
-"""What commands print: one JSON document, or an aligned table."""
+"""What commands print: one JSON document, or aligned columns."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Annotated, Any
 import typer
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one setting.")]
 
 
 def emit(document: Any) -> None:
     """Print ``document`` as JSON."""
-    print(json.dumps(document, indent=2, default=str))
+    print(json.dumps(document, indent=2, ensure_ascii=False, default=str))
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:

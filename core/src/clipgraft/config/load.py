@@ -163,25 +163,33 @@ def _extended(values: Values, recipe: Registered, registry: Registry, seen: tupl
     return merge(_preset(recipe, preset, registry, seen), values)  # type: ignore[no-any-return]
 
 
-def load_recipe(
+def gather(
     reference: str, *, files: Sequence[Path | str] = (), overrides: Sequence[str] = (), registry: Registry
-) -> tuple[Registered, RunConfig]:
-    """``RECIPE[:PRESET]`` with config files and overrides. Every node's name is made full and its settings complete.
+) -> tuple[Registered, Values]:
+    """The merged values of ``RECIPE[:PRESET]``, config files and overrides, not yet checked.
 
-    A file's ``extends`` takes the place of the recipe's default; together with a preset on the command line it is an
-    error, because one of the two would be lost silently.
+    A file's ``extends`` takes the place of the recipe's default. With a preset in ``reference`` it must name the same,
+    because otherwise one of the two would be lost silently.
     """
     name, _, preset = reference.partition(":")
     recipe = registry.ready("recipe", name)
     layers = [read_yaml(Path(file)) for file in files]
-    extending = [layer["extends"] for layer in layers if "extends" in layer]
-    if preset and extending:
-        raise InputError(f"{reference} names a preset and --config extends {extending[0]}; leave one of them out")
-    values = {} if extending else _preset(recipe, preset, registry)
+    bases = {str(layer["extends"]).partition(":")[2] for layer in layers if "extends" in layer}
+    if len(bases | ({preset} if preset else set())) > 1:
+        raise InputError(f"{reference} and what --config extends are different presets; keep one of them")
+    values = {} if bases else _preset(recipe, preset, registry)
     for layer in layers:
         values = merge(values, _extended(layer, recipe, registry))
     for override in overrides:
         assign(values, override)
+    return recipe, values
+
+
+def load_recipe(
+    reference: str, *, files: Sequence[Path | str] = (), overrides: Sequence[str] = (), registry: Registry
+) -> tuple[Registered, RunConfig]:
+    """As ``gather``, checked and complete: every node has its full name and all of its component's settings."""
+    recipe, values = gather(reference, files=files, overrides=overrides, registry=registry)
     return recipe, _complete(recipe, values, registry)
 
 

@@ -1,0 +1,33 @@
+"""``clipgraft export``: any model reference as a directory."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from clipgraft.cli.output import JsonFlag, emit
+
+
+def export(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Registered name, open_clip:ARCH[/TAG], hf:ORG/NAME or DIR.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory to write.")],
+    format: Annotated[
+        Literal["clipgraft", "open_clip"],
+        typer.Option(help="open_clip insists on a directory that open_clip alone can open."),
+    ] = "clipgraft",
+    json: JsonFlag = False,
+) -> None:
+    """Write a model as a directory that clipgraft, and where possible open_clip alone, can open."""
+    from clipgraft.checkpoint import write_export
+    from clipgraft.encoders import load
+    from clipgraft.registry import current
+
+    with redirect_stdout(sys.stderr):  # whatever libraries print
+        folder = write_export(load(model, registry=current()), out)
+    emit({"model": model, "export": str(folder)}) if json else print(f"model: {folder}")
