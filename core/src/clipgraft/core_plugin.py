@@ -40,7 +40,7 @@ def clipgraft_losses() -> list[Component]:
             target="clipgraft.losses.contrastive:ClipLoss",
             config="clipgraft.losses.contrastive:ClipLossConfig",
             summary="Symmetric cross-entropy over all image-text pairs of the global batch",
-            paper="Radford et al., Learning Transferable Visual Models From Natural Language Supervision, arXiv 2103.00020",
+            paper="Radford et al., Learning Transferable Visual Models From Natural Language Supervision, ICML 2021",
         ),
         Component(
             name="siglip",

@@ -62,6 +62,14 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 _Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 
+def _represent_list(dumper: _Dumper, values: list[Any]) -> yaml.SequenceNode:
+    short = not any(isinstance(value, list | dict) for value in values)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=short)
+
+
+_Dumper.add_representer(list, _represent_list)
+
+
 def parse_yaml(text: str, *, origin: str) -> Any:
     """A YAML document as plain values; ``origin`` names it in errors."""
     loader = _Loader(text)
@@ -148,7 +156,7 @@ def _preset(recipe: Registered, preset: str, registry: Registry, seen: tuple[str
     if preset in known:
         return _extended(read_yaml(known[preset]), recipe, registry, (*seen, preset))
     if preset:
-        raise unknown_name(f"preset of {recipe.name}", preset, [name for name in known if name])
+        raise unknown_name(f"{recipe.name} preset", preset, [name for name in known if name])
     return {}
 
 
