@@ -15,10 +15,9 @@ from clipgraft.errors import ClipgraftError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossInputs:
-    """What a stage knows about one batch; a loss names what it misses.
+    """What a stage knows about one batch: ``image`` and ``text`` (B, D) pooled, not normalised; ``logit_scale`` ()
 
-    ``image`` and ``text`` (B, D) pooled, not normalised; ``logit_scale`` () exponentiated and ``logit_bias`` ();
-    ``tokens`` (B, N, W); the same from a frozen teacher, whose D, N and W may differ.
+    exponentiated, ``logit_bias`` (); ``tokens`` (B, N, W); the same of a frozen teacher, whose D, N and W may differ.
     """
 
     image: Tensor | None = None
@@ -31,21 +30,22 @@ class LossInputs:
     teacher_tokens: Tensor | None = None
 
     def need(self, name: str) -> Tensor:
-        """The field ``name``, 16-bit floats as fp32."""
+        """The field ``name``, a teacher's without its graph; 16-bit floats as fp32."""
         value: Tensor | None = getattr(self, name)
         if value is None:
             given = ", ".join(f.name for f in fields(self) if getattr(self, f.name) is not None)
             hint = "name a teacher in the recipe" if name.startswith("teacher") else "use a stage that computes it"
             raise ClipgraftError(f"the loss needs {name}, the stage gives {given or 'nothing'}; {hint}")
+        value = value.detach() if name.startswith("teacher") else value
         return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
 class Loss(nn.Module):
-    """A pure objective; subclasses give ``terms``.
+    """A pure objective; subclasses give ``terms``. ``needs_*``: what gets a gradient beside the embeddings.
 
-    ``reduction`` is how processes combine. local: a mean over this rank's rows, whose mean over ranks is the whole.
-    global: computed alike on every rank from rows gathered with gradient. ring: a share per rank that sums by exchange.
-    ``batch_coupled``: rows are contrasted with each other. ``needs_*`` say which trained parts get a gradient.
+    ``batch_coupled``: rows are contrasted with each other. ``reduction``: local is a mean over this rank's rows, whose
+    mean over ranks is the whole; global is computed alike on every rank from rows gathered with gradient; ring is a
+    share per rank, exchanged around.
     """
 
     batch_coupled: ClassVar[bool] = False
@@ -55,9 +55,9 @@ class Loss(nn.Module):
     needs_bias: bool = False
 
     def forward(self, inputs: LossInputs) -> dict[str, Tensor]:
-        """Scalars by name, "loss" among them; never under autocast, whose 16 bits are too few for logits."""
-        device = next(v.device for f in fields(inputs) if (v := getattr(inputs, f.name)) is not None)
-        with torch.autocast(device.type, enabled=False):
+        """Scalars by name, "loss" among them. Autocast is off: 16 bits are too few for logits."""
+        device = next((v.device.type for f in fields(inputs) if (v := getattr(inputs, f.name)) is not None), "cpu")
+        with torch.autocast(device, enabled=False):
             return self.terms(inputs)
 
     def terms(self, inputs: LossInputs) -> dict[str, Tensor]:

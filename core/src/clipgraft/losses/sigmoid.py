@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,10 +10,10 @@ from clipgraft.losses.base import Loss, LossInputs, gathered_unit
 
 
 class SigLipLoss(Loss):
-    """Every pair is a yes-or-no question. A model without ``logit_bias`` is asked with a bias of 0."""
+    """Every pair is a yes-or-no question; a model without ``logit_bias`` is asked with a bias of 0."""
 
-    batch_coupled: ClassVar[bool] = True
-    reduction: ClassVar[Literal["local", "global", "ring"]] = "global"
+    batch_coupled = True
+    reduction = "global"
     needs_scale = True
     needs_bias = True
 
@@ -23,10 +21,8 @@ class SigLipLoss(Loss):
         """Summed over texts, mean over images; split into the pairs that belong together and those that don't."""
         image, text = gathered_unit(inputs.need("image")), gathered_unit(inputs.need("text"))
         logits = inputs.need("logit_scale") * image @ text.T  # (W*B, W*B)
-        if inputs.logit_bias is not None:
-            logits = logits + inputs.need("logit_bias")
+        logits = logits if inputs.logit_bias is None else logits + inputs.need("logit_bias")
         own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
         losses = -F.logsigmoid(torch.where(own, logits, -logits))
-        matching = losses.diagonal().mean()
-        others = losses.masked_fill(own, 0).sum() / len(losses)
+        matching, others = losses.diagonal().mean(), losses.masked_fill(own, 0).sum() / len(losses)
         return {"loss": matching + others, "matching": matching, "others": others}
