@@ -1,0 +1,78 @@
+"""Short videos whose class no single frame tells.
+
+Position, size, angle and opacity of the one object are drawn from fixed laws on a circle and *one* of them advances by
+a constant step per frame. So the law of frame t is the same for every t and every class, and a video played backwards
+is a video of the opposite class.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from clipgraft_toyworld.captions import MOTIONS
+from clipgraft_toyworld.render import draw, place
+from clipgraft_toyworld.world import BLOCK, Scene, Split, generator, join, sample_jitter, sample_scene
+
+FRAMES = 8
+STATIC = ("x", "y", "size", "angle", "opacity")
+"""What moves in classes 0-1, 2-3, 4-5, 6-7 and 8-9; the even class runs downwards, except that growth comes first."""
+
+
+@dataclass(frozen=True)
+class Videos:
+    """N videos: `frames` (N, T, 3, S, S) uint8, `label` (N,) index into `MOTIONS`, the scene of the object."""
+
+    frames: Tensor
+    label: Tensor
+    scene: Scene
+
+
+def videos(split: Split, *, n: int, size: int, seed: int = 0, frames: int = FRAMES) -> Videos:
+    """n videos; a larger n extends a smaller one."""
+    chunk = BLOCK // 4  # frames of a block are rendered together
+    parts = []
+    for start in range(0, n, chunk):
+        rng = generator(split, stream="videos", seed=seed, block=start // chunk)
+        parts.append(_block(rng, n=chunk, size=size, frames=frames))
+    return Videos(
+        frames=torch.cat([part.frames for part in parts])[:n],
+        label=torch.cat([part.label for part in parts])[:n],
+        scene=join([part.scene for part in parts])[:n],
+    )
+
+
+def phases(label: Tensor, start: Tensor, step: Tensor, *, frames: int) -> Tensor:
+    """Phases (B, T, 5) in [0, 1) of `STATIC`: `start` (B, 5) plus `step` (B,) per frame in the one that moves."""
+    axis = torch.div(label, 2, rounding_mode="floor")
+    forward = (label % 2 == 1) ^ (axis >= 2)  # left, up are negative; growing, clockwise, fading in are positive
+    speed = torch.where(forward, step, -step)
+    moves = torch.nn.functional.one_hot(axis, len(STATIC)) * speed[:, None]  # (B, 5)
+    return (start[:, None] + torch.arange(frames)[None, :, None] * moves[:, None]) % 1.0
+
+
+def _block(rng: torch.Generator, *, n: int, size: int, frames: int) -> Videos:
+    scene = sample_scene(n, rng)
+    scene = scene.with_values(quantity=torch.zeros(n, dtype=torch.long))
+    jitter = sample_jitter(n, rng)
+    label = torch.randint(len(MOTIONS), (n,), generator=rng)
+    start = torch.rand(n, len(STATIC), generator=rng)
+    step = 0.06 + 0.03 * torch.rand(n, generator=rng)
+    phase = phases(label, start, step, frames=frames)
+    objects = place(scene, jitter)
+    shots = []
+    for t in range(frames):
+        x, y, scale, turn, opacity = phase[:, t].unbind(1)
+        centre = torch.stack([x, y], 1) * 1.8 - 0.9
+        moved = replace(
+            objects,
+            centre=centre[:, None].expand_as(objects.centre),
+            radius=(0.32 + 0.36 * scale)[:, None].expand_as(objects.radius),
+            angle=(turn * 2 * math.pi)[:, None].expand_as(objects.angle),
+            opacity=(0.25 + 0.75 * opacity)[:, None].expand_as(objects.opacity),
+        )
+        shots.append((draw(moved, scene.background, jitter, size=size).image * 255).round().to(torch.uint8))
+    return Videos(frames=torch.stack(shots, 1), label=label, scene=scene)

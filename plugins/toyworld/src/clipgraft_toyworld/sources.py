@@ -1,0 +1,318 @@
+"""The world as data sources: rendered once at construction, kept in memory as uint8, identical for equal settings.
+
+Each class is the target of a registered dataset; its config model carries the same fields.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from clipgraft.config.schema import Config
+from clipgraft.data.base import Pair, Sample
+from pydantic import Field
+from torch import Tensor
+
+from clipgraft_toyworld.captions import (
+    DEFECTS,
+    MOTIONS,
+    TEMPLATES,
+    detailed_captions,
+    long_captions,
+    reworded_captions,
+    short_captions,
+)
+from clipgraft_toyworld.crowds import crowds
+from clipgraft_toyworld.defects import inspections
+from clipgraft_toyworld.motion import videos
+from clipgraft_toyworld.pairs import as_bytes, minimal_pairs
+from clipgraft_toyworld.render import OBJECTS, render
+from clipgraft_toyworld.world import (
+    BLOCK,
+    COLORS,
+    DETAILS,
+    SHAPES,
+    SPLITS,
+    WORLD_VERSION,
+    Scene,
+    Split,
+    class_names,
+    generator,
+    join,
+    sample_jitter,
+    sample_scene,
+)
+
+Captions = Literal["short", "long", "detailed", "reworded"]
+
+
+class WorldConfig(Config):
+    """What every source of the world takes."""
+
+    split: Split = "train"
+    n: int = Field(2048, gt=0, description="number of samples")
+    size: Literal[32, 64] = Field(32, description="image side [pixels]")
+    seed: int = Field(0, ge=0, lt=2048)
+
+
+class ImagesConfig(WorldConfig):
+    """Images with captions."""
+
+    captions: Captions = Field(
+        "short", description="short leaves most out, long names everything, detailed 1-9 details"
+    )
+    per_image: int = Field(1, gt=0, description="captions per image")
+    masks: bool = Field(False, description="add extra masks: instances (3, S, S) and semantics (S, S), uint8")
+
+
+class PairsConfig(Config):
+    """Minimal pairs."""
+
+    split: Split = "test"
+    per_pattern: int = Field(64, gt=0, le=2**16, description="pairs of each of the nine patterns")
+    size: Literal[32, 64] = 32
+    seed: int = Field(0, ge=0, lt=2048)
+
+
+class DefectsConfig(WorldConfig):
+    """Inspection pictures."""
+
+    shapes: tuple[str, ...] = Field(SHAPES, min_length=1, description="object shapes to inspect")
+    damaged: float = Field(0.5, ge=0, le=1, description="share of damaged objects")
+
+
+class VideosConfig(WorldConfig):
+    """Short videos."""
+
+    n: int = Field(512, gt=0, description="number of videos")
+    frames: int = Field(8, ge=2, le=32)
+
+
+def scene_attributes() -> dict[str, tuple[str, ...]]:
+    """Value names of every attribute of a scene."""
+    return {"shape": SHAPES, "color": COLORS, **{detail.name: detail.phrases for detail in DETAILS}}
+
+
+def caption(scene: Scene, rng: random.Random, kind: Captions) -> list[str]:
+    """One caption of the given kind per scene."""
+    if kind == "short":
+        return short_captions(scene, rng)
+    if kind == "long":
+        return long_captions(scene, rng)
+    if kind == "detailed":
+        return detailed_captions(scene, rng, counts=range(1, len(DETAILS) + 1))
+    return reworded_captions(scene, rng)
+
+
+def fingerprint(name: str, **settings: object) -> str:
+    """Changes with the world's version, the source and every setting."""
+    told = f"{name}|{WORLD_VERSION}|" + "|".join(f"{key}={settings[key]!r}" for key in sorted(settings))
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+class Images:
+    """`toyworld/images`: pictures of scenes with captions, 64 classes, eleven attributes, optionally masks."""
+
+    def __init__(
+        self,
+        *,
+        split: Split = "train",
+        n: int = 2048,
+        size: int = 32,
+        seed: int = 0,
+        captions: Captions = "short",
+        per_image: int = 1,
+        masks: bool = False,
+    ) -> None:
+        self.name = "toyworld/images"
+        self.fingerprint = fingerprint(
+            self.name, split=split, n=n, size=size, seed=seed, captions=captions, per_image=per_image, masks=masks
+        )
+        self.classes: Sequence[str] = class_names()
+        self.templates: Sequence[str] = TEMPLATES
+        self.attributes: Mapping[str, Sequence[str]] = scene_attributes()
+        pixels, scenes, instances, semantics = [], [], [], []
+        self._captions: list[tuple[str, ...]] = []
+        for block, start in enumerate(range(0, n, BLOCK)):
+            keep = slice(0, min(BLOCK, n - start))
+            rng = generator(split, stream="images", seed=seed, block=block)
+            scene, jitter = sample_scene(BLOCK, rng), sample_jitter(BLOCK, rng)
+            picture = render(scene, jitter, size=size)
+            pixels.append(as_bytes(picture.image)[keep])
+            scenes.append(scene[keep])
+            words = random.Random(f"{SPLITS.index(split)} {seed} {block}")
+            told = [caption(scene, words, captions) for _ in range(per_image)]
+            self._captions += list(zip(*told, strict=True))[keep]
+            if masks:
+                instances.append((picture.instances > 0.5).to(torch.uint8)[keep])
+                semantics.append(picture.semantics.to(torch.uint8)[keep])
+        self.pixels = torch.cat(pixels)
+        self.scene = join(scenes)
+        self._instances = torch.cat(instances) if masks else None
+        self._semantics = torch.cat(semantics) if masks else None
+        self._labels = self.scene.coarse().tolist()
+        self._prefix = f"{split}-{seed}-"
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> Sample:
+        values = {name: int(self.scene.value(name)[index]) for name in self.attributes}
+        extra: dict[str, Tensor] = {}
+        if self._instances is not None and self._semantics is not None:
+            extra = {"instances": self._instances[index], "semantics": self._semantics[index]}
+        return Sample(
+            id=f"{self._prefix}{range(len(self))[index]}",
+            image=self.pixels[index],
+            captions=self._captions[index],
+            label=self._labels[index],
+            attributes=values,
+            extra=extra,
+        )
+
+
+class MinimalPairs:
+    """`toyworld/pairs`: nine patterns of minimal pairs, each with `per_pattern` pairs."""
+
+    def __init__(self, *, split: Split = "test", per_pattern: int = 64, size: int = 32, seed: int = 0) -> None:
+        self.name = "toyworld/pairs"
+        self.fingerprint = fingerprint(self.name, split=split, per_pattern=per_pattern, size=size, seed=seed)
+        self.patterns: Sequence[str] = tuple(detail.name for detail in DETAILS)
+        self._pairs = minimal_pairs(split, per_pattern=per_pattern, size=size, seed=seed)
+        self._first, self._second = self._pairs.statements()
+        self._prefix = f"{split}-{seed}-"
+
+    def __len__(self) -> int:
+        return len(self._first)
+
+    def __getitem__(self, index: int) -> Pair:
+        return Pair(
+            id=f"{self._prefix}{range(len(self))[index]}",
+            images=(self._pairs.first[index], self._pairs.second[index]),
+            texts=(self._first[index], self._second[index]),
+            pattern=self.patterns[int(self._pairs.detail[index])],
+        )
+
+
+class Defects:
+    """`toyworld/defects`: one object per picture, label 0 flawless or 1 damaged, `extra["mask"]` (S, S) uint8 0/1."""
+
+    def __init__(
+        self,
+        *,
+        split: Split = "train",
+        n: int = 2048,
+        size: int = 32,
+        seed: int = 0,
+        shapes: Sequence[str] = SHAPES,
+        damaged: float = 0.5,
+    ) -> None:
+        from clipgraft.errors import unknown_name
+
+        for shape in shapes:
+            if shape not in SHAPES:
+                raise unknown_name("shape", shape, SHAPES)
+        self.name = "toyworld/defects"
+        self.fingerprint = fingerprint(
+            self.name, split=split, n=n, size=size, seed=seed, shapes=tuple(shapes), damaged=damaged
+        )
+        self.classes: Sequence[str] = ("flawless object", "damaged object")
+        self.templates: Sequence[str] = TEMPLATES
+        self.attributes: Mapping[str, Sequence[str]] = {
+            "kind": ("flawless", *DEFECTS),
+            "shape": SHAPES,
+            "color": COLORS,
+        }
+        data = inspections(split, n=n, size=size, seed=seed, shapes=shapes, damaged=damaged)
+        self._pixels = as_bytes(data.image)
+        self._masks = data.mask.to(torch.uint8)
+        self._kind = data.kind.tolist()
+        self._shape, self._color = data.scene.shape.tolist(), data.scene.color.tolist()
+        self._prefix = f"{split}-{seed}-"
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def __getitem__(self, index: int) -> Sample:
+        kind, shape, color = self._kind[index], self._shape[index], self._color[index]
+        condition = f"with {DEFECTS[kind - 1]}" if kind else "flawless"
+        return Sample(
+            id=f"{self._prefix}{range(len(self))[index]}",
+            image=self._pixels[index],
+            captions=(f"a {COLORS[color]} {SHAPES[shape]} {condition}",),
+            label=int(kind > 0),
+            attributes={"kind": kind, "shape": shape, "color": color},
+            extra={"mask": self._masks[index]},
+        )
+
+
+class Videos:
+    """`toyworld/videos`: ten motions; `extra["frames"]` (T, 3, S, S) uint8, `image` is the first frame."""
+
+    def __init__(self, *, split: Split = "train", n: int = 512, size: int = 32, seed: int = 0, frames: int = 8) -> None:
+        self.name = "toyworld/videos"
+        self.fingerprint = fingerprint(self.name, split=split, n=n, size=size, seed=seed, frames=frames)
+        self.classes: Sequence[str] = MOTIONS
+        self.templates: Sequence[str] = ("a video of an object {}", "object {}", "video of a object {}")
+        self.attributes: Mapping[str, Sequence[str]] = {"shape": SHAPES, "color": COLORS}
+        self._data = videos(split, n=n, size=size, seed=seed, frames=frames)
+        self._prefix = f"{split}-{seed}-"
+
+    def __len__(self) -> int:
+        return len(self._data.frames)
+
+    def __getitem__(self, index: int) -> Sample:
+        label = int(self._data.label[index])
+        shape, color = int(self._data.scene.shape[index]), int(self._data.scene.color[index])
+        return Sample(
+            id=f"{self._prefix}{range(len(self))[index]}",
+            image=self._data.frames[index, 0],
+            captions=(f"a video of a {COLORS[color]} {SHAPES[shape]} {MOTIONS[label]}",),
+            label=label,
+            attributes={"shape": shape, "color": color},
+            extra={"frames": self._data.frames[index]},
+        )
+
+
+class Crowds:
+    """`toyworld/crowds`: two different objects per picture for segmentation.
+
+    `extra`: `instances` (3, S, S) and `semantics` (S, S) uint8, 0 background and 1 + shape; `label` is the class of
+    the first object.
+    """
+
+    def __init__(self, *, split: Split = "train", n: int = 2048, size: int = 32, seed: int = 0) -> None:
+        self.name = "toyworld/crowds"
+        self.fingerprint = fingerprint(self.name, split=split, n=n, size=size, seed=seed)
+        self.classes: Sequence[str] = class_names()
+        self.templates: Sequence[str] = TEMPLATES
+        self.attributes: Mapping[str, Sequence[str]] = {
+            "shape": SHAPES,
+            "color": COLORS,
+            "other_shape": SHAPES,
+            "other_color": COLORS,
+        }
+        data = crowds(split, n=n, size=size, seed=seed)
+        self._pixels = as_bytes(data.picture.image)
+        self._instances = (data.picture.instances > 0.5).to(torch.uint8)
+        self._semantics = data.picture.semantics.to(torch.uint8)
+        self._values = torch.stack([data.shape[:, 0], data.color[:, 0], data.shape[:, 1], data.color[:, 1]], 1).tolist()
+        self._prefix = f"{split}-{seed}-"
+        assert self._instances.shape[1] == OBJECTS
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def __getitem__(self, index: int) -> Sample:
+        shape, color, other_shape, other_color = self._values[index]
+        return Sample(
+            id=f"{self._prefix}{range(len(self))[index]}",
+            image=self._pixels[index],
+            captions=(f"a {COLORS[color]} {SHAPES[shape]} and a {COLORS[other_color]} {SHAPES[other_shape]}",),
+            label=color * len(SHAPES) + shape,
+            attributes={"shape": shape, "color": color, "other_shape": other_shape, "other_color": other_color},
+            extra={"instances": self._instances[index], "semantics": self._semantics[index]},
+        )

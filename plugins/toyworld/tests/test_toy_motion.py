@@ -1,0 +1,52 @@
+"""Videos: no single frame tells the class."""
+
+from __future__ import annotations
+
+import torch
+from clipgraft_toyworld.captions import MOTIONS
+from clipgraft_toyworld.motion import STATIC, phases, videos
+
+
+def test_one_quantity_moves_and_opposites_are_each_other_backwards() -> None:
+    label = torch.arange(len(MOTIONS))
+    start, step = torch.rand(10, len(STATIC)), torch.full((10,), 0.07)
+    path = phases(label, start, step, frames=8)
+    moving = (path - path[:, :1]).abs().amax(1) > 1e-4
+    assert torch.equal(moving.nonzero()[:, 1], label // 2)
+    backwards = phases(label, path[:, -1], -step, frames=8)
+    gap = (backwards.flip(1) - path).abs()
+    assert torch.minimum(gap, 1 - gap).max() < 1e-5
+
+
+def test_a_frame_has_the_same_law_in_every_class() -> None:
+    n = 20_000
+    start = torch.rand(n, len(STATIC), generator=torch.Generator().manual_seed(0))
+    step = torch.full((n,), 0.08)
+    for t in (0, 3, 7):
+        quantiles = []
+        for label in range(len(MOTIONS)):
+            path = phases(torch.full((n,), label), start, step, frames=8)[:, t]
+            quantiles.append(path.quantile(torch.tensor([0.1, 0.5, 0.9]), dim=0))
+        spread = torch.stack(quantiles)
+        assert (spread - torch.tensor([0.1, 0.5, 0.9])[:, None]).abs().max() < 0.02
+
+
+def test_neither_a_frame_nor_the_mean_frame_tells_the_direction() -> None:
+    data, exam = videos("train", n=640, size=32), videos("tune", n=640, size=32)
+
+    def accuracy(features: torch.Tensor, other: torch.Tensor) -> float:
+        mean = features.mean(0)
+        basis = torch.linalg.svd(features - mean, full_matrices=False)[2][:40]
+        low, high = (features - mean) @ basis.T, (other - mean) @ basis.T
+        target = (data.label % 2).float() * 2 - 1
+        weights = torch.linalg.solve(low.T @ low + torch.eye(40) * len(low) * 0.01, low.T @ target)
+        return ((high @ weights > 0) == (exam.label % 2 == 1)).float().mean().item()
+
+    frames, others = data.frames.float() / 255, exam.frames.float() / 255
+    assert abs(accuracy(frames[:, 0].flatten(1), others[:, 0].flatten(1)) - 0.5) < 0.06
+    assert abs(accuracy(frames.mean(1).flatten(1), others.mean(1).flatten(1)) - 0.5) < 0.06
+
+
+def test_videos_repeat_and_extend() -> None:
+    few, many = videos("test", n=3, size=32), videos("test", n=70, size=32)
+    assert torch.equal(few.frames, many.frames[:3]) and torch.equal(few.label, many.label[:3])
