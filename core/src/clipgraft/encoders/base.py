@@ -150,6 +150,23 @@ class Encoder(nn.Module):
         self.logit_scale = nn.Parameter(logit_scale.detach().clone())
         self.logit_bias = None if logit_bias is None else nn.Parameter(logit_bias.detach().clone())
 
+    def train(self, mode: bool = True) -> Encoder:
+        """As ``nn.Module.train``, but a module whose parameters are all frozen stays in eval mode."""
+        super().train(mode)
+
+        def hold(module: nn.Module) -> None:
+            parameters = list(module.parameters())
+            if parameters and not any(p.requires_grad for p in parameters):
+                module.eval()
+            else:
+                for child in module.children():
+                    hold(child)
+
+        if mode:
+            for tower in self.children():
+                hold(tower)
+        return self
+
     @property
     def preprocess(self) -> Preprocess:
         """How pixels reach the image tower."""

@@ -8,8 +8,10 @@ from the file, so nothing is initialised at random and nothing is held twice. Wh
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ def read_weights(file: Path) -> State:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return load_file(file)
+            return _fp32(load_file(file))
         if file.suffix not in (".bin", ".pt", ".pth"):
             raise InputError(f"{file} is no weights file; expected .safetensors, or .bin, .pt, .pth from open_clip")
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -52,7 +54,11 @@ def read_weights(file: Path) -> State:
     loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
         raise InputError(f"{file} holds no state dict; convert it to safetensors with open_clip's key names")
-    return loaded
+    return _fp32(loaded)
+
+
+def _fp32(state: Mapping[str, Tensor]) -> State:
+    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
 
 
 def custom_layout(state: Mapping[str, Tensor]) -> State:
@@ -119,21 +125,32 @@ def _construct(model_config: Mapping[str, Any]) -> Callable[[], Any]:
 
     def construct() -> Any:
         try:
-            model = CustomTextCLIP(**config)
+            with _timm_arguments(timm_kwargs):
+                return CustomTextCLIP(**config)
         except TypeError as error:
             reason = str(error).split(") ")[-1].split(".__init__() ")[-1]
             raise InputError(f"open_clip can't build this model configuration as a CLIP: {reason}") from None
         except OSError as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"the text model {text.get('hf_model_name')} is not available: {reason}") from None
-        if timm_kwargs:
-            import timm
-
-            pool = {"global_pool": vision["timm_pool"]} if vision.get("timm_pool") else {}
-            model.visual.trunk = timm.create_model(vision["timm_model_name"], num_classes=0, **pool, **timm_kwargs)
-        return model
 
     return construct
+
+
+@contextmanager
+def _timm_arguments(arguments: Mapping[str, Any] | None) -> Iterator[None]:
+    """Let open_clip's ``TimmModel`` build a trunk with more arguments than open_clip can pass on."""
+    if not arguments:
+        yield
+        return
+    import timm
+
+    create = timm.create_model
+    timm.create_model = partial(create, **arguments)
+    try:
+        yield
+    finally:
+        timm.create_model = create
 
 
 def _assign(model: Any, state: State, *, where: str) -> None:
@@ -159,7 +176,7 @@ def _assign(model: Any, state: State, *, where: str) -> None:
     ]
     if problems:
         raise InputError(f"{where}: the weights don't fit the model configuration: {problems[0]} ({len(problems)} in all)")
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, assign=True)
+    model.load_state_dict(state, assign=True)
 
 
 def build(

@@ -1,0 +1,286 @@
+"""Exports: a folder that open_clip opens without us, plus what it can't say, with a hash of every file.
+
+``clipgraft.json`` names grafts and components by registered name, config, distribution and version; there is no class
+path and no pickle. Portability: L0 plain CLIP weights; L1 the same plus components that need a plugin; L2 an encoder
+that open_clip can't hold, kept under our own tensor names in ``encoder.safetensors``.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clipgraft.errors import ClipgraftError, InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from clipgraft.encoders.base import Encoder
+    from clipgraft.registry import Registry
+
+SCHEMA = 1
+MANIFEST, CONFIG, WEIGHTS, OWN_WEIGHTS, CARD = (
+    "clipgraft.json", "open_clip_config.json", "open_clip_model.safetensors", "encoder.safetensors", "README.md"
+)  # fmt: skip
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Force a file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _settle(target: Path) -> None:
+    """Clean up after writers that died: put a half-replaced folder back, remove drafts."""
+    for left in [f for kind in ("old", "new") for f in target.parent.glob(f".{target.name}.{kind}-*") if not _alive(f)]:
+        if ".old-" in left.name and not target.exists():
+            left.rename(target)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _alive(path: Path) -> bool:
+    """Whether the process that made this temporary still runs."""
+    try:
+        os.kill(int(path.name.rpartition("-")[2]), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def atomic_write(path: Path, content: str | bytes) -> None:
+    """Write a file so that a crash leaves the old one or the new one, never half of one."""
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.new-{os.getpid()}")
+    draft.write_bytes(content.encode() if isinstance(content, str) else content)
+    _sync(draft)
+    draft.replace(path)
+    _sync(path.parent)
+
+
+@contextmanager
+def atomic_folder(target: Path, *, marker: str) -> Iterator[Path]:
+    """Fill the folder that this yields; it takes the place of ``target`` when the block ends without an error.
+
+    An existing folder is replaced only when it is empty or holds ``marker``. Files get the permissions of the umask.
+    """
+    target = Path(os.path.abspath(target))
+    if target.exists() and not (target / marker).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} exists and holds no {marker}, so it is not replaced; choose another folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _settle(target)
+    draft, old = (target.with_name(f".{target.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    try:
+        yield draft
+        mode = draft.stat().st_mode & 0o666
+        for file in draft.rglob("*"):
+            if file.is_file():
+                file.chmod(mode)  # safetensors writes files that only their owner can read
+            _sync(file)
+        _sync(draft)
+        if target.exists():
+            target.rename(old)
+        draft.rename(target)
+        _sync(target.parent)
+    except OSError as error:
+        raise ClipgraftError(f"{target} could not be written: {error}; the old one, if any, is unchanged") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def save_tensors(state: Mapping[str, Tensor], file: Path, *, dtype: torch.dtype | None = None) -> None:
+    """safetensors on the CPU, contiguous and without shared memory; floating tensors cast to ``dtype`` if given."""
+    from safetensors.torch import save_file
+
+    ready, seen = {}, set[int]()
+    for name, tensor in state.items():
+        tensor = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+        ready[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    save_file(ready, file, metadata={"format": "pt"})
+
+
+def _maker(name: str) -> dict[str, str]:
+    """Distribution and version of the plugin that a registered name belongs to, as far as it is installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    plugin = name.partition("/")[0]
+    distribution = "clipgraft" if plugin == "core" else f"clipgraft-{plugin}"
+    from clipgraft.registry import current
+
+    distribution = next((p.distribution for p in current().plugins if p.name == plugin), distribution)
+    try:
+        return {"distribution": distribution, "version": version(distribution)}
+    except PackageNotFoundError:
+        return {"distribution": distribution, "version": ""}
+
+
+def write_export(
+    encoder: Encoder,
+    folder: Path,
+    *,
+    components: Mapping[str, nn.Module] = {},  # noqa: B006 - never changed
+    lineage: Sequence[dict[str, Any]] = (),
+    card: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write ``encoder`` with adapters merged on a copy, ``components`` by name, and how it came to be.
+
+    A component that was built from the registry says so in ``registered`` = (name, config). ``card`` is the text of the
+    model card. ``dtype`` stores the encoder in another precision; it is read back as fp32.
+    """
+    from clipgraft.encoders import merge_grafts
+    from clipgraft.encoders.openclip import open_clip_state, why_not_open_clip
+
+    history = [{"use": g.name, "config": g.config, "merged": g.portable, **_maker(g.name)} for g in encoder.data.grafts]
+    if encoder.data.grafts:
+        memo = {id(g.graft): g.graft for g in encoder.data.grafts} | {id(encoder.data.tokenizer): encoder.data.tokenizer}
+        encoder = merge_grafts(copy.deepcopy(encoder, memo))
+    data, reason = encoder.data, why_not_open_clip(encoder)
+    parts = [{"name": name, "file": f"{name}.safetensors", **_registered(module)} for name, module in components.items()]
+    if bad := [n for n in components if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", n) or n in ("encoder", "open_clip_model")]:
+        raise InputError(f"a component can't be named {bad[0]!r}; use lower-case letters, digits, dots and hyphens")
+    level = "L2" if reason else "L1" if parts else "L0"
+    preprocess = data.preprocess.as_dict()
+    with atomic_folder(Path(folder), marker=MANIFEST) as draft:
+        if reason:
+            save_tensors(encoder.state_dict(), draft / OWN_WEIGHTS, dtype=dtype)
+        else:
+            save_tensors(open_clip_state(encoder), draft / WEIGHTS, dtype=dtype)
+            _write_json(draft / CONFIG, {"model_cfg": data.model_config, "preprocess_cfg": {**preprocess, "mode": "RGB"}})
+        for name, module in components.items():
+            save_tensors(module.state_dict(), draft / f"{name}.safetensors")
+        if data.tokenizer is not None:
+            data.tokenizer.save(str(draft))
+        weights = OWN_WEIGHTS if reason else WEIGHTS
+        manifest = {
+            "schema": SCHEMA, "clipgraft": _maker("core")["version"], "level": level, "reason": reason,
+            "encoder": {"uri": data.origin.uri, "architecture": data.origin.architecture, "weights": weights},
+            "model_config": data.model_config, "preprocess": preprocess,
+            "tokenizer": "huggingface" if data.model_config.get("text_cfg", {}).get("hf_tokenizer_name") else "bpe",
+            "grafts": history, "components": parts,
+            "lineage": [*data.origin.lineage, *lineage],
+        }  # fmt: skip
+        (draft / CARD).write_text(card or _card(manifest), encoding="utf-8")
+        files = {str(f.relative_to(draft)): f for f in sorted(draft.rglob("*")) if f.is_file()}
+        hashes = {name: {"sha256": sha256_of(f), "bytes": f.stat().st_size} for name, f in files.items()}
+        _write_json(draft / MANIFEST, manifest | {"files": hashes})
+    return Path(folder)
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _registered(module: nn.Module) -> dict[str, Any]:
+    name, config = getattr(module, "registered", ("", {}))
+    return {"use": name, "config": config, **(_maker(name) if name else {})}
+
+
+def _card(manifest: Mapping[str, Any]) -> str:
+    """A model card from what is known; nothing is claimed that was not recorded."""
+    encoder, grafts = manifest["encoder"], ", ".join(g["use"] for g in manifest["grafts"]) or "none"
+    opened = "clipgraft.load(DIR)"
+    if not manifest["reason"]:
+        opened = 'open_clip.create_model_and_transforms("local-dir:DIR")` or `' + opened
+    steps = "".join(f"- {json.dumps(step)}\n" for step in manifest["lineage"]) or "- nothing recorded\n"
+    why = f" open_clip can't hold it: {manifest['reason']}." if manifest["reason"] else ""
+    return (
+        f"---\nlibrary_name: {'clipgraft' if why else 'open_clip'}\ntags: [clip, clipgraft]\n---\n\n"
+        f"# A CLIP from {encoder['uri']}\n\nArchitecture {encoder['architecture']}, portability {manifest['level']}.{why}\n"
+        f"Open it with `{opened}`.\n\nGrafts: {grafts}. Components: "
+        f"{', '.join(c['name'] for c in manifest['components']) or 'none'}.\n\n## How it came to be\n\n{steps}"
+    )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """``clipgraft.json``, after every file that it names was checked; the model card may have been edited."""
+    folder = Path(folder)
+    if not folder.exists():
+        _settle(Path(os.path.abspath(folder)))
+    try:
+        manifest = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+        schema, files = int(manifest["schema"]), dict(manifest["files"])
+    except FileNotFoundError:
+        raise InputError(f"{folder} has no {MANIFEST}; it is not an export of clipgraft") from None
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{folder / MANIFEST} is damaged; write the export again") from None
+    if schema > SCHEMA:
+        raise InputError(f"{folder} was written by a later clipgraft ({manifest.get('clipgraft')}); upgrade clipgraft")
+    for name, expected in files.items():
+        file = folder / name
+        if name == CARD:
+            continue
+        if not file.is_file():
+            raise InputError(f"{file} is missing; fetch or write the export again")
+        if (size := file.stat().st_size) != expected["bytes"]:
+            raise InputError(f"{file} is damaged: {size} bytes instead of {expected['bytes']}; write the export again")
+        if sha256_of(file) != expected["sha256"]:
+            raise InputError(f"{file} is damaged: its contents changed after the export; write the export again")
+    return manifest
+
+
+def open_export(folder: Path, *, registry: Registry | None = None) -> Encoder:
+    """The encoder of an export; grafts that could not be merged are applied again, from their names and configs."""
+    from clipgraft.config.schema import GraftNode
+    from clipgraft.encoders import apply_grafts, load, openclip
+    from clipgraft.encoders.base import Origin
+    from clipgraft.encoders.tokenizers import tokenizer_for
+
+    folder, manifest = Path(folder), read_manifest(folder)
+    weights, config = manifest["encoder"]["weights"], manifest["model_config"]
+    state = openclip.read_weights(folder / weights)
+    lineage, sha256 = tuple(manifest["lineage"]), manifest["files"][weights]["sha256"]
+    origin = Origin(str(folder), manifest["encoder"]["architecture"], sha256, lineage)
+    tokenizer = tokenizer_for(config["text_cfg"], folder=folder) if config else None
+    build = {"preprocess": manifest["preprocess"], "tokenizer": tokenizer, "origin": origin}
+    if not manifest["reason"]:
+        return openclip.build(config, state, **build)
+    if registry is None:
+        from clipgraft.registry import current
+
+        registry = current()
+    encoder = openclip.build(config, None, **build) if config else load(manifest["encoder"]["uri"], registry=registry)
+    kept = [g for g in manifest["grafts"] if not g["merged"]]
+    encoder = apply_grafts(encoder, [GraftNode(use=g["use"], **g["config"]) for g in kept], registry)
+    encoder.data.origin = replace(encoder.data.origin, uri=str(folder), sha256=sha256, lineage=lineage)
+    missing, unexpected = encoder.load_state_dict(state, strict=False, assign=True)
+    if missing or unexpected:
+        raise InputError(f"{folder / weights} doesn't fit its grafts: {(missing + unexpected)[0]}; upgrade the plugin")
+    return encoder
+
+
+def read_component(folder: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of a component of an export."""
+    from clipgraft.encoders.openclip import read_weights
+
+    names = [c["name"] for c in read_manifest(folder)["components"]]
+    if name not in names:
+        raise InputError(f"{folder} has no component {name!r}; it has {', '.join(names) or 'none'}")
+    return read_weights(Path(folder) / f"{name}.safetensors")
