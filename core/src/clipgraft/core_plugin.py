@@ -38,7 +38,6 @@ def clipgraft_losses() -> list[Component]:
         Component(
             name="clip",
             target="clipgraft.losses.contrastive:ClipLoss",
-            config="clipgraft.losses.contrastive:ClipLossConfig",
             summary="Symmetric cross-entropy over all image-text pairs of the global batch",
             paper="Radford et al., Learning Transferable Visual Models From Natural Language Supervision, ICML 2021",
         ),
