@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import open_clip
 import pytest
+import timm
 import torch
 from clipgraft.encoders.base import Encoder, Origin
 from clipgraft.encoders.openclip import build, open_clip_state
@@ -25,13 +27,12 @@ def stock(encoder: Encoder) -> torch.nn.Module:
     config = copy.deepcopy(encoder.data.model_config)
     custom = config.pop("custom_text", False)
     timm_kwargs = config["vision_cfg"].pop("timm_kwargs", None)
-    model = (CustomTextCLIP if custom else CLIP)(**config)
-    if timm_kwargs:
-        import timm
-
-        name = config["vision_cfg"]["timm_model_name"]
-        model.visual.trunk = timm.create_model(name, num_classes=0, global_pool="map", **timm_kwargs)
-    model.load_state_dict(open_clip_state(encoder))
+    with torch.device("meta") if timm_kwargs else nullcontext():
+        model = (CustomTextCLIP if custom else CLIP)(**config)
+        if timm_kwargs:
+            name = config["vision_cfg"]["timm_model_name"]
+            model.visual.trunk = timm.create_model(name, num_classes=0, global_pool="map", **timm_kwargs)
+    model.load_state_dict(open_clip_state(encoder), assign=bool(timm_kwargs))
     return model.eval()
 
 

@@ -242,17 +242,26 @@ def open_architecture(name: str) -> Encoder:
         from clipgraft.errors import unknown_name
 
         raise unknown_name(f"weights tag of {arch}", tag, open_clip.pretrained.list_pretrained_tags_by_model(arch))
-    if bool(known.get("quick_gelu")) != bool(config.get("quick_gelu")):
-        other = f"{arch}-quickgelu" if known.get("quick_gelu") else arch.removesuffix("-quickgelu")
-        raise InputError(
-            f"the weights {tag} were trained with{'' if known.get('quick_gelu') else 'out'} QuickGELU, the architecture "
-            f"{arch} is with{'out' if known.get('quick_gelu') else ''} it; use open_clip:{other}/{tag}"
-        )
+    if advice := quickgelu_advice(arch, tag):
+        kinds = ("with", "without") if known.get("quick_gelu") else ("without", "with")
+        raise InputError(f"{tag} was trained {kinds[0]} QuickGELU, the architecture {arch} is {kinds[1]}; use {advice}")
     try:
         file = Path(download_pretrained(known))
     except Exception as error:  # network, disk and hub errors alike
         raise InputError(f"the weights of {uri} could not be fetched: {' '.join(str(error).split())[:200]}") from None
     return build(config, read_weights(file), preprocess={**default, **known}, origin=Origin(uri, arch))
+
+
+def quickgelu_advice(arch: str, tag: str) -> str:
+    """The reference to use instead when a tag's weights need the other activation; empty when it fits."""
+    import open_clip
+    from open_clip.pretrained import get_pretrained_cfg
+
+    needs, config = bool(get_pretrained_cfg(arch, tag).get("quick_gelu")), open_clip.get_model_config(arch) or {}
+    other = f"{arch}-quickgelu" if needs else arch.removesuffix("-quickgelu")
+    # one architecture (roberta-ViT-B-32) has the flag where its tag forgot it: then the architecture is right
+    wrong = needs != bool(config.get("quick_gelu")) and other != arch
+    return f"open_clip:{other}/{tag}" if wrong else ""
 
 
 def open_folder(folder: Path, *, uri: str = "") -> Encoder:
