@@ -1,0 +1,95 @@
+"""Minimal pairs that were confused before and are told apart after, and those that went the other way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import TYPE_CHECKING
+
+from clipgraft_evaluation.pictures import as_image, as_uri
+from clipgraft_evaluation.rundir import Record, RunRecord
+
+if TYPE_CHECKING:
+    from clipgraft.data.base import Pair, PairSource
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """How per-sample results moved: samples measured twice, right before and after, newly right, newly wrong.
+
+    ``p_value``: exact two-sided sign test on the samples that changed (McNemar).
+    """
+
+    total: int
+    before: int
+    after: int
+    gained: tuple[str, ...]
+    lost: tuple[str, ...]
+    p_value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One pair for the page: two pictures as data URIs, their two texts, what they differ in."""
+
+    id: str
+    pattern: str
+    pictures: tuple[str, str]
+    texts: tuple[str, str]
+
+
+def change(before: Sequence[Record], after: Sequence[Record]) -> Change | None:
+    """Compare records that say ``correct``, joined by ``id``; None when there are no such records."""
+    then = {str(r["id"]): bool(r["correct"]) for r in before if "correct" in r}
+    now = {str(r["id"]): bool(r["correct"]) for r in after if "correct" in r}
+    both = [name for name in then if name in now]
+    if not both:
+        return None
+    gained = tuple(name for name in both if now[name] and not then[name])
+    lost = tuple(name for name in both if then[name] and not now[name])
+    n, k = len(gained) + len(lost), min(len(gained), len(lost))
+    tail = sum(math.comb(n, i) for i in range(k + 1)) / 2**n
+    counts = (sum(then[name] for name in both), sum(now[name] for name in both))
+    return Change(len(both), *counts, gained, lost, min(1.0, 2 * tail))
+
+
+def cards(run: RunRecord, evaluator: str, names: Sequence[str], *, at_most: int) -> list[Card]:
+    """The pairs called ``names``, a few of every pattern, their images opened from the recorded data reference."""
+    from clipgraft.data import open_source
+
+    reference = run.data_of(evaluator)
+    if not names or reference is None:
+        return []
+    source: PairSource = open_source(reference)  # type: ignore[assignment]
+    rows = [str(r["id"]) for r in run.samples("before", evaluator)]
+    patterns = {str(r["id"]): str(r.get("pattern", "")) for r in run.samples("before", evaluator)}
+    chosen = _mixed([(name, patterns[name]) for name in names])[:at_most]
+    return [_card(pair) for pair in _find(source, chosen, rows)]
+
+
+def _mixed(named: Sequence[tuple[str, str]]) -> list[str]:
+    """Names in an order that takes one of every pattern in turn."""
+    groups: dict[str, list[str]] = {}
+    for name, pattern in named:
+        groups.setdefault(pattern, []).append(name)
+    return [name for turn in zip_longest(*groups.values()) for name in turn if name is not None]
+
+
+def _find(source: PairSource, names: Sequence[str], rows: Sequence[str]) -> Iterator[Pair]:
+    """The pairs of ``names``. Records are in source order, so the row is tried first; skipped samples shift it."""
+    place: dict[str, int] = {}
+    for name in names:
+        index = rows.index(name)
+        if index < len(source) and (pair := source[index]).id == name:
+            yield pair
+            continue
+        place = place or {source[i].id: i for i in range(len(source))}
+        if name in place:
+            yield source[place[name]]
+
+
+def _card(pair: Pair) -> Card:
+    pictures = (as_uri(as_image(pair.images[0])), as_uri(as_image(pair.images[1])))
+    return Card(pair.id, pair.pattern, pictures, pair.texts)

@@ -1,0 +1,208 @@
+"""One HTML page about a run: what it changed, how it went, and what it was made of. Nothing on it loads anything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from clipgraft import files
+from clipgraft.errors import ClipgraftError
+from clipgraft_evaluation.figures import curve, inline, panels
+from clipgraft_evaluation.pairs import Card, Change, cards, change
+from clipgraft_evaluation.patches import PatchPictures, patch_pictures
+from clipgraft_evaluation.rundir import RunRecord, StageLog, read_run
+
+T = TypeVar("T")
+
+GAINED, LOST, PATCH_IMAGES, LISTED_FILES = 12, 4, 6, 80
+"""How many pairs of each kind, images and files the page shows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One metric; None where it was not measured."""
+
+    metric: str
+    before: float | None
+    after: float | None
+
+    @property
+    def difference(self) -> float | None:
+        """After minus before."""
+        return None if self.before is None or self.after is None else self.after - self.before
+
+    @property
+    def is_share(self) -> bool:
+        """Whether both lie in [0, 1], so that they can be drawn on one scale."""
+        return all(v is not None and 0 <= v <= 1 for v in (self.before, self.after))
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """An evaluator's metrics, the data it measured on, and how single samples changed when it kept them."""
+
+    evaluator: str
+    data: str | None
+    rows: tuple[Row, ...]
+    change: Change | None
+
+
+def write_report(run_dir: Path | str, out: Path | str | None = None) -> Path:
+    """Write the report of ``run_dir`` to ``out`` (default: report.html in it) and return its path."""
+    run = read_run(Path(run_dir))
+    path = run.path / "report.html" if out is None else Path(out)
+    missing: list[tuple[str, str]] = []
+    groups = _groups(run)
+    gallery = _try(lambda: _gallery(run, groups), "Minimal pairs", missing)
+    patches = _try(lambda: _patches(run), "Patch features", missing)
+    if not groups:
+        missing.append(("Measurements", "this run evaluated nothing (evaluate.on is empty)"))
+    if not any(stage.rows for stage in run.stages):
+        missing.append(("Training", "no stage wrote metrics"))
+    environment = Environment(loader=PackageLoader("clipgraft_evaluation", "page"), autoescape=True,
+                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+    environment.filters |= {"number": number, "signed": signed, "size": size}
+    style = resources.files("clipgraft_evaluation").joinpath("page/report.css").read_text("utf-8")
+    page = environment.get_template("report.html").render(
+        run=run,
+        style=Markup(style),
+        groups=groups,
+        tiles=[(group.evaluator, row) for group in groups for row in group.rows[:1]],
+        stages=list(_stages(run.stages)),
+        gallery=gallery,
+        patches=patches,
+        facts=list(_facts(run.environment)),
+        files=_files(run.path, besides=path),
+        listed=LISTED_FILES,
+        missing=missing,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(path, page)
+    return path
+
+
+def number(value: float | None) -> str:
+    """Four significant places for people; a dash for nothing."""
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if 0.001 <= abs(value) < 1000 or value == 0 else f"{value:.3g}"
+
+
+def signed(value: float | None) -> str:
+    """As ``number``, with its sign (a true minus)."""
+    return "–" if value is None else f"{'+' if value >= 0 else '−'}{number(abs(value))}"
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    power = min(int(math.log(count, 1024)), 3) if count else 0
+    return f"{count / 1024**power:.{0 if power == 0 else 1}f} {('B', 'kB', 'MB', 'GB')[power]}"
+
+
+def _try(make: Callable[[], T | None], title: str, missing: list[tuple[str, str]]) -> T | None:
+    """A section that needs models or data which may be gone: its failure is told on the page and costs no other."""
+    try:
+        return make()
+    except Exception as error:
+        kind = "" if isinstance(error, ClipgraftError) else f"{type(error).__name__}: "
+        missing.append((title, " ".join(f"{kind}{error}".split())))
+        return None
+
+
+def _groups(run: RunRecord) -> list[Group]:
+    """Evaluators in the order of the run, with their metrics in the order that they reported."""
+    groups = []
+    for name in dict.fromkeys([*run.before, *run.after]):
+        then, now = run.before.get(name, {}), run.after.get(name, {})
+        rows = tuple(Row(metric, then.get(metric), now.get(metric)) for metric in dict.fromkeys([*then, *now]))
+        seen = change(run.samples("before", name), run.samples("after", name))
+        groups.append(Group(name, run.data_of(name), rows, seen))
+    return groups
+
+
+@dataclass(frozen=True, slots=True)
+class Gallery:
+    """Pairs newly told apart and pairs newly confused, with the counts they are taken from."""
+
+    change: Change
+    gained: tuple[Card, ...]
+    lost: tuple[Card, ...]
+
+
+def _gallery(run: RunRecord, groups: Sequence[Group]) -> Gallery | None:
+    group = next((g for g in groups if g.evaluator.partition("@")[0].endswith("pairs")), None)
+    if group is None or group.change is None:
+        raise ClipgraftError("this run kept no records of minimal pairs (add core/pairs to evaluate.on)")
+    gained = cards(run, group.evaluator, group.change.gained, at_most=GAINED)
+    return Gallery(group.change, tuple(gained), tuple(cards(run, group.evaluator, group.change.lost, at_most=LOST)))
+
+
+def _patches(run: RunRecord) -> PatchPictures:
+    if run.export is None:
+        raise ClipgraftError("this run wrote no export")
+    return patch_pictures(run, number=PATCH_IMAGES)
+
+
+@dataclass(frozen=True, slots=True)
+class StageFigures:
+    """A stage's curves: the loss, and each of its terms."""
+
+    name: str
+    steps: int
+    loss: Markup
+    terms: tuple[Markup, ...]
+
+
+def _stages(stages: Sequence[StageLog]) -> Iterator[StageFigures]:
+    for stage in (s for s in stages if s.rows):
+        steps = [float(row["step"]) for row in stage.rows]
+        named = {"loss": [_float(row.get("loss")) for row in stage.rows]}
+        for term in dict.fromkeys(term for row in stage.rows for term in row.get("terms", {})):
+            named[term] = [_float(row.get("terms", {}).get(term)) for row in stage.rows]
+        if len(named) == 2 and len({tuple(values) for values in named.values()}) == 1:
+            named.popitem()  # a single term that is the loss itself
+        for key in ("lr", "grad_norm"):
+            values = [_float(row.get(key)) for row in stage.rows]
+            if any(math.isfinite(v) for v in values):
+                named[key.replace("_", " ")] = values
+        drawn = [
+            _curve(f"{stage.name}-{index}", title, steps, values, large=index == 0)
+            for index, (title, values) in enumerate(named.items())
+        ]
+        yield StageFigures(stage.name, int(steps[-1]), drawn[0], tuple(drawn[1:]))
+
+
+def _curve(name: str, title: str, steps: Sequence[float], values: Sequence[float], *, large: bool) -> Markup:
+    figure, (axis,) = panels(1, width=350 if large else 230, height=230 if large else 150)
+    curve(axis, steps, values, title=title)
+    if large:
+        axis.set_xlabel("step")
+    finite = [v for v in values if math.isfinite(v)]
+    ends = f"from {number(finite[0])} to {number(finite[-1])}" if finite else "never finite"
+    return inline(figure, name=name, label=f"{title} over {steps[-1]:.0f} steps, {ends}")
+
+
+def _float(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _facts(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested facts as (name, value) rows."""
+    for key, value in facts.items():
+        if isinstance(value, Mapping):
+            yield from _facts(value, f"{prefix}{key} ")
+        elif value is not None:
+            yield f"{prefix}{key}", str(value)
+
+
+def _files(path: Path, *, besides: Path) -> list[tuple[str, int]]:
+    """Files of the run with their sizes [bytes], without resume states and the report itself."""
+    found = [p for p in sorted(path.rglob("*")) if p.is_file() and p != besides and "state" not in p.parts]
+    return [(p.relative_to(path).as_posix(), p.stat().st_size) for p in found]

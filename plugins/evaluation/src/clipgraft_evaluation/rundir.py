@@ -1,0 +1,112 @@
+"""A run directory, read without changing it and without importing what it was made with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipgraft.config.load import parse_yaml
+from clipgraft.errors import InputError
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class StageLog:
+    """One training stage: the lines of its metrics.jsonl, in order."""
+
+    name: str
+    rows: tuple[Record, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """What a run wrote. ``before`` and ``after``: {evaluator: {metric: value}}."""
+
+    path: Path
+    config: Record
+    config_text: str
+    command: str
+    environment: Record
+    plugins: Any
+    status: Record
+    before: Mapping[str, Mapping[str, float]]
+    after: Mapping[str, Mapping[str, float]]
+    stages: tuple[StageLog, ...]
+    export: Record | None
+    """clipgraft.json of the export, None when the run wrote none."""
+
+    @property
+    def base(self) -> str:
+        """The model reference that the run started from."""
+        return str(self.config.get("model", {}).get("from", ""))
+
+    @property
+    def data(self) -> str:
+        """The data reference that the run trained on."""
+        return str(self.config.get("data", {}).get("from", ""))
+
+    def samples(self, when: str, evaluator: str) -> tuple[Record, ...]:
+        """Per-sample records of one evaluator "before" or "after"; empty when it kept none."""
+        name = evaluator.replace("/", "-").replace("@", "--")  # as clipgraft.run names the file
+        return read_lines(self.path / "evaluation" / when / f"{name}.jsonl")
+
+    def data_of(self, evaluator: str) -> str | None:
+        """The data reference that an evaluator measured on."""
+        name, _, data = evaluator.partition("@")
+        if data:
+            return data
+        settings = self.config.get("evaluate", {})
+        for node in settings.get("on", ()):
+            if node["use"].split("/")[-1] == name.split("/")[-1] and node.get("data"):
+                return str(node["data"])
+        default = settings.get("data")
+        return None if default is None else str(default)
+
+
+def read_run(path: Path) -> RunRecord:
+    """Read the run directory ``path``; pieces that a run may lack are empty."""
+    if not (path / "config.yaml").is_file():
+        raise InputError(f"{path} is no run directory (it has no config.yaml); give the folder that a run printed")
+    text = (path / "config.yaml").read_text("utf-8")
+    evaluations = _json(path / "evaluations.json") or {}
+    logs = sorted((path / "stages").glob("*/metrics.jsonl"))
+    command = path / "command.txt"
+    return RunRecord(
+        path=path,
+        config=parse_yaml(text, origin=str(path / "config.yaml")) or {},
+        config_text=text,
+        command=command.read_text("utf-8").strip() if command.is_file() else "",
+        environment=_json(path / "env.json") or {},
+        plugins=_json(path / "plugins.json") or [],
+        status=_json(path / "status.json") or {},
+        before=evaluations.get("before", {}),
+        after=evaluations.get("after", {}),
+        stages=tuple(StageLog(log.parent.name, read_lines(log)) for log in logs),
+        export=_json(path / "export" / "clipgraft.json"),
+    )
+
+
+def read_lines(path: Path) -> tuple[Record, ...]:
+    """The JSON lines of a file; none when it is absent. A last line cut short by a kill is left out."""
+    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise InputError(f"{path}, line {number} is not JSON; the file is damaged") from error
+    return tuple(rows)
+
+
+def _json(path: Path) -> Any:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON; the file is damaged") from error
