@@ -67,7 +67,13 @@ def _represent_list(dumper: _Dumper, values: list[Any]) -> yaml.SequenceNode:
     return dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=short)
 
 
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    breaks = any(c in text for c in "\x85\u2028\u2029")  # PyYAML writes these unescaped but reads them as line ends
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if breaks else None)
+
+
 _Dumper.add_representer(list, _represent_list)
+_Dumper.add_representer(str, _represent_text)
 
 
 def parse_yaml(text: str, *, origin: str) -> Any:
@@ -76,9 +82,12 @@ def parse_yaml(text: str, *, origin: str) -> Any:
     try:
         return loader.get_single_data()
     except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+        mark, parts = (
+            getattr(error, "problem_mark", None),
+            [getattr(error, "context", ""), getattr(error, "problem", "")],
+        )
         place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise InputError(f"{origin}{place}: {problem}") from error
+        raise InputError(f"{origin}{place}: {', '.join(filter(None, parts)) or error}") from error
     finally:
         loader.dispose()
 
