@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from clipgraft.claims import Arm, Claim, Gain, Job, Kept, check, judge, paired_p_value
 from clipgraft.errors import ClipgraftError, InputError
 
