@@ -1,0 +1,5 @@
+"""``python -m clipgraft``."""
+
+from clipgraft.cli import main
+
+main()
