@@ -92,14 +92,14 @@ def to_main(value: Any) -> list[Any]:
     return values or []
 
 
-def any_rank(*flags: bool) -> tuple[bool, ...]:
-    """Each flag, true everywhere if it is true on any rank."""
+def any_rank(flag: bool) -> bool:
+    """True everywhere if it is true on any rank."""
     if world_size() == 1:
-        return flags
+        return flag
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    values = torch.tensor([float(f) for f in flags], device=device)
-    dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return tuple(bool(v) for v in values.tolist())
+    value = torch.tensor(float(flag), device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value)
 
 
 def mean_over_ranks(values: Mapping[str, Tensor]) -> dict[str, float]:

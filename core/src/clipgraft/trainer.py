@@ -23,7 +23,7 @@ from clipgraft.log import MetricsFile
 from clipgraft.optim import Average, build_optimizer, learning_rate, set_learning_rate
 from clipgraft.stage import ContrastiveStage, StageResult, TrainStage
 from clipgraft.state import TrainState, rng_state, set_rng_state
-from clipgraft.types import Batch, StepOutput
+from clipgraft.types import Batch, StepOutput, widened
 
 if TYPE_CHECKING:
     from clipgraft.run import Run
@@ -47,7 +47,7 @@ class Step(nn.Module):
             return self.stage(batch)  # type: ignore[no-any-return]
         assert isinstance(self.stage, ContrastiveStage)
         features = self.stage.encode(batch)
-        loss = torch.stack([(f.float() * g).sum() for f, g in zip(features, feature_grads, strict=True)]).sum()
+        loss = torch.stack([(widened(f) * g).sum() for f, g in zip(features, feature_grads, strict=True)]).sum()
         for p, g in scalar_grads:
             loss = loss + (p * g).sum()
         return StepOutput(loss, {}, len(batch))
@@ -97,8 +97,7 @@ class Trainer:
                 accelerator.unscale_gradients(prepared) if accelerator.scaler else None
                 run.hooks.call("before_optimizer", run=run, stage=stage, step=step)
                 norm = self._clip(run, stage)
-                stop, broken = distributed.any_rank(run.stop_requested, not bool(torch.isfinite(output.loss)))
-                if broken:
+                if distributed.any_rank(not bool(torch.isfinite(output.loss))):
                     set_rng_state(held)
                     save(step) if saved != step else None
                     raise self._non_finite(run, stage, step, batch, output)
@@ -108,7 +107,7 @@ class Trainer:
                     average.update() if average else None
                 prepared.zero_grad(set_to_none=True)
                 run.hooks.call("after_step", run=run, stage=stage, step=step, output=output)
-                done = step + 1
+                done, stop = step + 1, distributed.any_rank(run.stop_requested)
                 if done % cfg.log_every == 0 or done == cfg.steps:
                     row = self._row(cfg, step, output, norm, time.monotonic() - began)
                     metrics.write(row)
@@ -178,7 +177,7 @@ class Trainer:
         with torch.no_grad(), run.accelerator.autocast():
             for part in parts:
                 states.append(rng_state())
-                cached.append(tuple(f.float() for f in stage.encode(part)))
+                cached.append(tuple(widened(f) for f in stage.encode(part)))
         after = rng_state()
         leaves = tuple(torch.cat(column).requires_grad_() for column in zip(*cached, strict=True))
         scalars = [p for p in stage.parameters() if p.requires_grad and p.numel() == 1]

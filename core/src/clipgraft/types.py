@@ -13,6 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def widened(x: Tensor) -> Tensor:
+    """``x`` with 16-bit floats as fp32: losses are computed in full precision whatever autocast did to the towers."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 @dataclass(frozen=True, slots=True)
 class FeatureRequest:
     """What the caller needs beside the pooled embedding. ``layers`` are block indices, negative from the end."""

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from clipgraft.distributed import gather_with_grad
 from clipgraft.errors import ClipgraftError
+from clipgraft.types import widened
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +37,7 @@ class LossInputs:
             given = ", ".join(f.name for f in fields(self) if getattr(self, f.name) is not None)
             hint = "name a teacher in the recipe" if name.startswith("teacher") else "use a stage that computes it"
             raise ClipgraftError(f"the loss needs {name}, the stage gives {given or 'nothing'}; {hint}")
-        value = value.detach() if name.startswith("teacher") else value
-        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+        return widened(value.detach() if name.startswith("teacher") else value)
 
 
 class Loss(nn.Module):

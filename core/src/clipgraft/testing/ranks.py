@@ -29,6 +29,7 @@ def _worker(pipe: Connection, fn: Callable[..., Any], rank: int, world: int, por
     except BaseException:
         pipe.send((False, traceback.format_exc()))
     finally:
+        pipe.poll(60)  # tensors travel as shared memory: live on until the parent has them
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -57,6 +58,7 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 1
             if not pipe.poll(timeout):
                 raise RuntimeError(f"rank {rank} of {world} said nothing for {timeout} s")
             good, value = pipe.recv()
+            pipe.send(None)
             if not good:
                 raise RuntimeError(f"rank {rank} of {world} failed:\n{value}")
             results.append(value)
