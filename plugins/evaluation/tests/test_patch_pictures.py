@@ -2,14 +2,19 @@ from __future__ import annotations
 
 import base64
 import io
+import re
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from clipgraft_evaluation.patches import pca_colours
+from clipgraft_evaluation.patches import patch_pictures, pca_colours
 from clipgraft_evaluation.pictures import as_image, as_uri, tiles_as_uri
+from clipgraft_evaluation.report import write_report
+from clipgraft_evaluation.rundir import read_run
 
 
 def opened(uri: str) -> Image.Image:
@@ -61,3 +66,24 @@ def test_tiles_are_one_pixel_each() -> None:
     tiles = np.zeros((2, 4, 3))
     tiles[0, 3] = (1, 0.5, 0)
     assert opened(tiles_as_uri(tiles)).getpixel((3, 0)) == (255, 128, 0)
+
+
+def test_the_page_shows_base_and_export_side_by_side(run_dir: Path, squares: object, tmp_path: Path) -> None:
+    from clipgraft.checkpoint import write_export
+    from clipgraft.testing.tiny import tiny_clip
+
+    base = write_export(tiny_clip(0), tmp_path / "base")
+    write_export(tiny_clip(1), run_dir / "export", lineage=[{"recipe": "fake/sharper", "base": str(base)}])
+    config = run_dir / "config.yaml"
+    config.write_text(re.sub("from: base.*", f"from: {base}", config.read_text()).replace("other?split=test", "pairs"))
+    found = patch_pictures(read_run(run_dir), number=4)
+    assert len(found.rows) == 4 and found.grid == (4, 4) and 0 < found.explained <= 1
+    assert [opened(uri).size for uri in (found.rows[0].picture, found.rows[0].before)] == [(32, 32), (4, 4)]
+    assert len({row.before for row in found.rows} | {row.after for row in found.rows}) == 8
+    assert all(row.similarity < 0.9 for row in found.rows), "two different models"
+    itself = {"model": {"from": str(run_dir / "export")}, "data": {"from": "squares/pairs"}}
+    same = patch_pictures(replace(read_run(run_dir), config=itself, after={}), number=1)
+    assert same.rows[0].before == same.rows[0].after and same.rows[0].similarity == pytest.approx(1)
+    text = write_report(run_dir).read_text("utf-8")
+    assert text.count("patch features of image") == 12 and "What the patches see" in text and "Left out" not in text
+    assert f"base <code>{base}</code>" in text
