@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 
 from clipgraft.claims import Arm, Claim, Gain, Job, Kept, check, judge, paired_p_value
+from clipgraft.cli import main
+from clipgraft.cli.claims import identity as command_identity
+from clipgraft.cli.claims import run_in_subprocess
 from clipgraft.errors import ClipgraftError, InputError
+from clipgraft.registry import Registry, use
 
 PAIRS, ZERO = "core/pairs.mean", "core/zero-shot.top1"
 
@@ -202,3 +206,154 @@ def test_a_metric_that_no_arm_measured_is_named(tmp_path: Path) -> None:
     odd = claim(kept=(Kept(metric="core/retrieval.r1", share=0.9),))
     with pytest.raises(ClipgraftError, match=r"no finite 'core/retrieval.r1' before; it has core/pairs.mean"):
         check(odd, seeds=1, out=tmp_path, run_arm=fake_runner([]), identity=identity)
+
+
+PLUGIN = """
+from clipgraft.claims import Arm, Claim, Gain, Kept
+from clipgraft.spec import Component, hookimpl
+
+data = ("data.from=folder:pictures", "train.steps=5")
+CLAIM = Claim(
+    name="sharper",
+    statement="Details become readable.",
+    paper="A. Author, A title, 2025",
+    bases=("toyworld/clip", "toyworld/clip-1"),
+    method=Arm(name="method", recipe="core/finetune", overrides=data),
+    controls=(Arm(name="anchor-only", recipe="core/finetune", overrides=(*data, "train.lr=1e-9"), note="(still)"),),
+    gains=(Gain(metric="core/pairs.mean", over="anchor-only", at_least=0.08),),
+    kept=(Kept(metric="core/zero-shot.top1", share=0.95),),
+    budget=480,
+    tried="pixels as the target",
+)
+
+
+@hookimpl
+def clipgraft_claims():
+    return [Component(name="sharper", target="sharper_claims:CLAIM")]
+"""
+
+
+@pytest.fixture(scope="module")
+def plugin_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("plugin") / "sharper_claims.py"
+    file.write_text(PLUGIN)
+    return file
+
+
+@pytest.fixture
+def run_claims(
+    plugin_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[str, str, int]]:
+    """The command in this process, arms by the fake runner; returns stdout, stderr and the number of arms run."""
+    monkeypatch.setenv("CLIPGRAFT_PLUGINS", "")
+
+    def run(*words: str) -> tuple[str, str, int]:
+        ran: list[tuple[str, int]] = []
+        monkeypatch.setattr("clipgraft.cli.claims.run_in_subprocess", fake_runner(ran))
+        with pytest.raises(SystemExit) as ended:
+            main(["--plugin", str(plugin_file), "claims", *words, "--out", str(tmp_path / "out")])
+        streams = capsys.readouterr()
+        assert ended.value.code == 0, streams.err
+        return streams.out, streams.err, len(ran)
+
+    return run
+
+
+def test_the_command_prints_one_document_and_the_rule_first(run_claims: Callable[..., tuple[str, str, int]]) -> None:
+    out, err, ran = run_claims("sharper", "--seeds", "3", "--json")
+    (entry,) = json.loads(out)["claims"]
+    assert list(entry) == ["name", "statement", "holds", "seeds", "arms", "kept", "p_value", "seconds"]
+    assert entry["name"] == "sharper-claims/sharper" and entry["holds"] is True and ran == 6
+    assert "Details become readable.\nHolds if, in the mean over seeds, after exceeds anchor-only" in err
+
+
+def test_a_claim_that_fails_exits_with_0_and_is_written_as_such(
+    run_claims: Callable[..., tuple[str, str, int]], tmp_path: Path
+) -> None:
+    out, _, _ = run_claims("--seeds", "1")
+    assert "sharper-claims/sharper: undecided" in out and "unmet: undecided: one seed" in out
+    page, record = (
+        (tmp_path / "out" / "claims.md").read_text(),
+        json.loads((tmp_path / "out" / "claims.json").read_text()),
+    )
+    assert "| arm | core/pairs.mean | core/zero-shot.top1 |" in page and "| after | 0.320 | 0.790 |" in page
+    assert "- anchor-only: `core/finetune data.from=folder:pictures train.steps=5 train.lr=1e-9` (still)" in page
+    assert "Tried: pixels as the target" in page and "0 s (budget 480 s)" in page
+    assert record["claims"][0]["unmet"] == ["undecided: one seed can't tell a gain from chance; use --seeds 2 or more"]
+    assert (
+        record["claims"][0]["rule"].startswith("Holds if")
+        and record["claims"][0]["method"]["recipe"] == "core/finetune"
+    )
+
+
+def test_a_second_call_runs_only_what_is_new(run_claims: Callable[..., tuple[str, str, int]]) -> None:
+    assert run_claims("--seeds", "2")[2] == 4
+    assert run_claims("--seeds", "2")[2] == 0
+    assert run_claims("--seeds", "3")[2] == 2
+
+
+def test_what_decides_a_result_is_part_of_its_identity(plugin_file: Path, tmp_path: Path) -> None:
+    with use(Registry.discover(allow=(), files=[plugin_file])):
+        job = Job(
+            arm=Arm(name="a", recipe="core/finetune"),
+            seed=0,
+            overrides=("model.from=x", "data.from=folder:y"),
+            folder=tmp_path,
+        )
+        text = command_identity(job)
+        assert "clipgraft " in text.splitlines()[0] and "from: folder:y" in text
+        others = [replace(job, seed=1), replace(job, overrides=(*job.overrides, "train.lr=1e-3"))]
+        assert len({text, *map(command_identity, others)}) == 3
+        assert command_identity(replace(job, folder=tmp_path / "elsewhere")) == text
+        with pytest.raises(InputError, match=r"train\.stepz"):
+            command_identity(replace(job, overrides=(*job.overrides, "train.stepz=1")))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("blurrier",), "unknown claim 'blurrier'; known: sharper"),
+        (("--plugin", "diffusionn"), "unknown plugin 'diffusionn'"),
+        (("--plugin", "core"), "no claim to check"),
+    ],
+)
+def test_a_wrong_name_is_one_line(
+    words: tuple[str, ...],
+    message: str,
+    plugin_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("CLIPGRAFT_PLUGINS", "")
+    with pytest.raises(SystemExit) as ended:
+        main(["--plugin", str(plugin_file), "claims", *words])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_a_run_that_fails_is_told_with_its_last_line(
+    plugin_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLIPGRAFT_PLUGINS", "")
+    job = Job(
+        arm=Arm(name="method", recipe="core/finetuna"), seed=4, overrides=("model.from=x",), folder=tmp_path / "method"
+    )
+    with use(Registry.discover(allow=(), files=[plugin_file])), pytest.raises(ClipgraftError) as failed:
+        run_in_subprocess(job)
+    log = tmp_path / "method.log"
+    assert str(failed.value).startswith("arm 'method' with seed 4 failed: unknown recipe 'core/finetuna'; did you mean")
+    assert str(failed.value).endswith(f"(log: {log})") and "error: unknown recipe" in log.read_text()
+
+
+def test_without_their_plugins_demo_and_report_say_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CLIPGRAFT_PLUGINS", "")
+    for words, message in (
+        (["demo"], "pip install clipgraft-toyworld clipgraft-diffusion clipgraft-evaluation, or in a checkout"),
+        (["report", str(tmp_path)], "is not in use: pip install clipgraft-evaluation"),
+    ):
+        with use(Registry.discover()), pytest.raises(SystemExit) as ended:
+            main(words)
+        error = capsys.readouterr().err
+        assert ended.value.code == 2 and message in error and error.count("\n") == 1

@@ -92,7 +92,7 @@ def page(verdict: Verdict) -> str:
     for name in ("before", *(arm.name for arm in claim.controls), "after"):
         lines.append(f"| {name} | {' | '.join(_spread(arms[name][metric]) for metric in claim.metrics)} |")
     lines += ["", *(f"- met: {text}" for text in verdict.met), *(f"- **unmet**: {text}" for text in verdict.unmet)]
-    lines += ["", f"Bases {', '.join(claim.bases)}; {verdict.seconds:.0f} s of {claim.budget:.0f} s.", ""]
+    lines += ["", f"Bases {', '.join(claim.bases)}; {verdict.seconds:.0f} s (budget {claim.budget:.0f} s).", ""]
     for name, arm in [("after", claim.method), *((arm.name, arm) for arm in claim.controls)]:
         lines.append(f"- {name}: `{' '.join((arm.recipe, *arm.overrides))}` {arm.note}".rstrip())
     return "\n".join([*lines, "", *([f"Tried: {claim.tried}", ""] if claim.tried else [])])
