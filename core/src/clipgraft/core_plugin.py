@@ -57,6 +57,45 @@ def clipgraft_losses() -> list[Component]:
 
 
 @hookimpl
+def clipgraft_heads() -> list[Component]:
+    """Heads."""
+    return [
+        Component(
+            name="zero-shot",
+            target="clipgraft.heads.zero_shot:ZeroShotHead",
+            config="clipgraft.heads.zero_shot:ZeroShotConfig",
+            summary="A classifier written in words",
+        ),
+        Component(
+            name="linear-probe",
+            target="clipgraft.heads.linear_probe:LinearProbe",
+            config="clipgraft.heads.linear_probe:LinearProbeConfig",
+            summary="A linear classifier fitted to labels",
+        ),
+    ]
+
+
+@hookimpl
+def clipgraft_evaluators() -> list[Component]:
+    """Evaluators, each its own config."""
+    table = {
+        "zero-shot": ("zero_shot:ZeroShot", "Classification by class names", ""),
+        "retrieval": ("retrieval:Retrieval", "Image-to-text and text-to-image recall", ""),
+        "pairs": (
+            "pairs:Pairs",
+            "Minimal pairs: each text must pick its image, per visual pattern",
+            "Tong et al., Eyes Wide Shut? Exploring the Visual Shortcomings of MLLMs, CVPR 2024, arXiv 2401.06209",
+        ),
+        "linear-probe": ("probe:Probe", "What a linear classifier reads from the features", ""),
+    }
+    return [
+        Component(name=name, target=target, config=target, summary=summary, paper=paper)
+        for name, (attribute, summary, paper) in table.items()
+        for target in [f"clipgraft.evaluation.{attribute}"]
+    ]
+
+
+@hookimpl
 def clipgraft_recipes() -> list[Component]:
     """Recipes."""
     return [

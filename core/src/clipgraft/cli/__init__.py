@@ -76,7 +76,7 @@ def root(
     plugin: Annotated[
         list[Path] | None, typer.Option(help="Also load this plugin file.", metavar="FILE", is_eager=True)
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
@@ -87,23 +87,27 @@ def root(
 def main(args: list[str] | None = None) -> None:
     """The console script: runs a command and exits with 0 done, 1 failed, 2 bad input, or 130 interrupted."""
     given = sys.argv[1:] if args is None else args
+    debug = "--debug" in given
+    given = [arg for arg in given if arg != "--debug"]  # welcome after the command as well
     try:
         code = typer.main.get_command(app).main(given, prog_name="clipgraft", standalone_mode=False)
     except ClipgraftError as error:
-        code = _failed(str(error), error.exit_code, given)
+        code = _failed(str(error), error.exit_code, debug)
     except typer.Abort:
-        code = _failed("aborted", 1, given)
+        code = _failed("aborted", 1, debug)
     except Exception as error:
-        if hasattr(error, "format_message"):  # wrong usage, from Typer's vendored click
-            code = _failed(f"{error.format_message()} (see --help)", 2, given)
-        else:
-            code = _failed(f"{one_line(error)}; run again with --debug for the traceback", 1, given)
+        if not hasattr(error, "format_message"):
+            code = _failed(f"{one_line(error)}; run again with --debug for the traceback", 1, debug)
+        elif message := error.format_message():  # wrong usage, from Typer's vendored click
+            code = _failed(f"{message} See {getattr(error.ctx, 'command_path', 'clipgraft')} --help", 2, debug)
+        else:  # a group without a command: its help was printed
+            code = 2
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
-def _failed(message: str, code: int, args: list[str]) -> int:
-    """Print one line, and the traceback of the exception being handled with ``--debug``."""
-    if "--debug" in args:
+def _failed(message: str, code: int, debug: bool) -> int:
+    """Print one line, after the traceback of the exception being handled when that was asked for."""
+    if debug:
         import traceback
 
         traceback.print_exc()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from clipgraft.errors import InputError
 from clipgraft.registry import current
 
 app = typer.Typer(name="config", no_args_is_help=True, help="Show, describe or compare run configurations.")
+UNSET = "(not set)"
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE[:PRESET]")]
 
 
@@ -50,34 +52,40 @@ def schema(recipe: Annotated[str, typer.Argument(metavar="RECIPE")], json: JsonF
 def diff(a: str, b: str, json: JsonFlag = False) -> None:
     """Compare two of: YAML file, run directory, RECIPE[:PRESET]."""
     left, right = _flat(a), _flat(b)
-    unset = "(not set)"
-    keys = [k for k in {**left, **right} if left.get(k, unset) != right.get(k, unset)]
+    keys = [k for k in {**left, **right} if left.get(k, UNSET) != right.get(k, UNSET)]
     if json:
         emit({k: [left.get(k), right.get(k)] for k in keys})
         return
-    table([{"key": k, a: left.get(k, unset), b: right.get(k, unset)} for k in keys], ["key", a, b])
+    table([{"key": k, a: left.get(k, UNSET), b: right.get(k, UNSET)} for k in keys], ["key", a, b])
 
 
 def _flat(reference: str) -> dict[str, Any]:
-    """The settings of a file, run or recipe by dotted key; what a recipe leaves open is its default."""
+    """The settings of a file, run or recipe by dotted key, completed by the recipe's defaults where it is known."""
     from clipgraft.config.describe import describe
-    from clipgraft.config.load import gather, read_yaml
+    from clipgraft.config.load import assign, complete, gather, merge, read_yaml
+    from clipgraft.config.schema import RunConfig
 
     path, registry = Path(reference), current()
     path = path / "config.yaml" if path.is_dir() else path
     values = read_yaml(path) if path.is_file() else {"extends": reference}
-    flat: dict[str, Any] = {}
     if "extends" in values:
-        recipe, values = gather(str(values["extends"]), files=[path] if path.is_file() else [], registry=registry)
-        cls = registry.config_class("recipe", recipe.name)
-        flat = {row.key: row.default for row in describe(cls) if not row.required} if cls else {}
+        name = str(values["extends"])
+        recipe, values = gather(name, files=[path] if path.is_file() else [], registry=registry)
+        open_keys: dict[str, Any] = {}
+        for row in describe(registry.config_class("recipe", recipe.name) or RunConfig):
+            if row.required and row.type == "text":
+                assign(open_keys, f"{row.key}={UNSET}")
+        values = merge(open_keys, values)
+        with suppress(InputError):  # a number is still open: compare what is set
+            values = complete(recipe, values, registry=registry).model_dump(mode="json", by_alias=True)
+    flat: dict[str, Any] = {}
 
     def walk(value: Any, prefix: str) -> None:
         if isinstance(value, dict):
             for k, v in value.items():
                 walk(v, f"{prefix}.{k}".lstrip("."))
         else:
-            flat[prefix] = value
+            flat[prefix] = jsonlib.dumps(value) if isinstance(value, list) else value
 
     walk(values, "")
-    return {k: jsonlib.dumps(v) if isinstance(v, list | dict) else v for k, v in flat.items()}
+    return flat

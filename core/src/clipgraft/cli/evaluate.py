@@ -28,19 +28,12 @@ def evaluate(
 ) -> None:
     """Measure a model, e.g. clipgraft eval toyworld/clip --on zero-shot --data toyworld/images?split=test"""
     from clipgraft import evaluation, files
-    from clipgraft.config.schema import EvaluatorNode
     from clipgraft.encoders import load
 
-    parts = [item.strip().partition("@") for text in on for item in text.split(",") if item.strip()]
-    registry = current()
-    names = [(registry.ready("evaluator", name).name, source or None) for name, _, source in parts]
+    nodes = [node.strip() for text in on for node in text.split(",") if node.strip()]
     with redirect_stdout(sys.stderr):  # whatever libraries print
         found = evaluation.evaluate(
-            load(model, registry=registry).eval(),
-            [EvaluatorNode(use=name, data=source) for name, source in names],
-            registry=registry,
-            default_data=data,
-            batch_size=batch_size,
+            load(model, registry=current()).eval(), nodes, registry=current(), default_data=data, batch_size=batch_size
         )
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)

@@ -39,6 +39,9 @@ def run(
     if json:
         emit(result.as_dict())
         return
+    if dry_run:
+        print("nothing is wrong with this run, and nothing was done")
+        return
     print(f"{result.status}: {result.steps} steps in {result.seconds:.0f} s, {result.run}")
     for name, value in result.metrics.items():
         print(f"  {name} {value:.4f}")

@@ -205,9 +205,9 @@ def gather(
 def load_recipe(
     reference: str, *, files: Sequence[Path | str] = (), overrides: Sequence[str] = (), registry: Registry
 ) -> tuple[Registered, RunConfig]:
-    """As ``gather``, checked and complete: every node has its full name and all of its component's settings."""
+    """``gather``, then ``complete``."""
     recipe, values = gather(reference, files=files, overrides=overrides, registry=registry)
-    return recipe, _complete(recipe, values, registry)
+    return recipe, complete(recipe, values, registry=registry)
 
 
 def load_run(folder: Path, *, registry: Registry) -> tuple[Registered, RunConfig]:
@@ -216,10 +216,11 @@ def load_run(folder: Path, *, registry: Registry) -> tuple[Registered, RunConfig
     if not status.is_file():
         raise InputError(f"{folder} is no run directory (it has no status.json); give the --out of an earlier run")
     recipe = registry.ready("recipe", json.loads(status.read_text("utf-8"))["recipe"])
-    return recipe, _complete(recipe, read_yaml(folder / "config.yaml"), registry)
+    return recipe, complete(recipe, read_yaml(folder / "config.yaml"), registry=registry)
 
 
-def _complete(recipe: Registered, values: Values, registry: Registry) -> RunConfig:
+def complete(recipe: Registered, values: Values, *, registry: Registry) -> RunConfig:
+    """``values`` as the recipe's config, with every node checked, named in full and filled with its defaults."""
     cls = registry.config_class("recipe", recipe.name) or RunConfig
     config: RunConfig = _resolved(validate(cls, values), registry, "")
     return config
