@@ -97,6 +97,8 @@ class ResizePositions(Config):
             raise InputError("core/resize-positions knows open_clip's ViT and ResNet and timm's ViT; this tower is none")
         if size[0] % patch[0] or size[1] % patch[1]:
             raise InputError(f"core/resize-positions: {size} is no multiple of the patch size {tuple(patch)}")
+        if isinstance(image, ResNetImage) and size[0] != size[1]:
+            raise InputError(f"core/resize-positions: a ResNet tower takes square images, got {size}")
         if isinstance(image, TimmImage):
             tower.set_input_size(size)
             _timm_name(vision, size)

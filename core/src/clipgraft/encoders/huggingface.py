@@ -39,8 +39,10 @@ def _carry(values: list[Tensor], *, parts: int, how: str) -> list[Tensor]:
         x = x.T.contiguous()
     if how == "batched":
         x = x[0] if x.ndim == 3 else x[None]
+    if parts == 1:
+        return [x]
     third = len(x) // 3  # three parts are q, k, v; two are q, kv
-    return [x] if parts == 1 else [p.clone() for p in x.split([third, third * 2] if parts == 2 else third)]
+    return [part.clone() for part in x.split([third, third * 2] if parts == 2 else third)]
 
 
 def _pairs(theirs: str, ours: str) -> Iterator[_Move]:
@@ -167,6 +169,8 @@ def _timm_trunk(config: Any) -> dict[str, Any]:
     """The registered timm model that is this SigLIP image tower, with what differs from it."""
     import timm
 
+    if config.layer_norm_eps != 1e-6:
+        raise InputError(f"timm's image towers have norms with eps 1e-6, this one has {config.layer_norm_eps}")
     name = f"vit_{TIMM_SIZES.get((config.hidden_size, config.num_hidden_layers))}_patch{config.patch_size}_siglip"
     name, known = f"{name}_{config.image_size}", timm.is_model(f"{name}_{config.image_size}")
     name = name if known else "vit_base_patch16_siglip_224"

@@ -74,10 +74,10 @@ class Lora(Config):
         """Lay the adapters over the weights; the encoder computes what it computed before."""
         for tower_name in self.towers:
             tower, reached = getattr(encoder, tower_name), set[str]()
-            for name, weight in list(tower.named_parameters() if tower is not None else ()):
-                if is_adapter(name):
-                    continue
+            weights = [(n, p) for n, p in tower.named_parameters() if not is_adapter(n)] if tower is not None else []
+            for _, weight in weights:
                 weight.requires_grad_(False)
+            for name, weight in weights:
                 plain = name.replace("parametrizations.", "").removesuffix(".original")
                 sites = next((parts for end, parts in SITES.items() if plain.endswith(end)), ())
                 if chosen := [i for i, part in enumerate(sites) if part in self.targets]:
@@ -101,6 +101,10 @@ class Lora(Config):
         for module in list(encoder.modules()):
             if not parametrize.is_parametrized(module):
                 continue
+            # a deep copy shares its class with the original, and removal takes the property off that class
+            cls = type(module)
+            own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+            module.__class__ = type(cls.__name__, cls.__bases__, own)
             for name, adapters in list(module.parametrizations.items()):  # type: ignore[union-attr, operator]
                 if any(isinstance(a, LowRank) for a in adapters):
                     adapters.eval()
