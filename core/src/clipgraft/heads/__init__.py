@@ -1,0 +1,1 @@
+"""Modules on top of embeddings: classifiers written in words or fitted to labels."""
