@@ -121,8 +121,9 @@ def save_tensors(state: Mapping[str, Tensor], file: Path, *, dtype: torch.dtype 
     ready, seen = {}, set[int]()
     for name, tensor in state.items():
         tensor = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
-        ready[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
-        seen.add(tensor.data_ptr())
+        storage = tensor.untyped_storage().data_ptr()
+        ready[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
     save_file(ready, file, metadata={"format": "pt"})
 
 
