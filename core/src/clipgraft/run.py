@@ -244,10 +244,11 @@ class Run:
             self._encoder = self.open_encoder(str(folder / "encoder"))
 
     def lineage(self) -> list[dict[str, Any]]:
-        """What was done to the weights, oldest first."""
+        """What this run adds to the encoder's own lineage; nothing once a stage of it has written the encoder."""
         base = self.encoder.data.origin
-        step = {"recipe": self.recipe.name, "base": base.uri, "base_sha256": base.sha256, "seed": self.seed}
-        return [*base.lineage, step] if not base.lineage or base.lineage[-1] != step else list(base.lineage)
+        if Path(base.uri).is_relative_to(self.path):
+            return []
+        return [{"recipe": self.recipe.name, "base": base.uri, "base_sha256": base.sha256, "seed": self.seed}]
 
     def status(self, status: str, **more: Any) -> None:
         """Write status.json."""
