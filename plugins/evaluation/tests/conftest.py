@@ -115,7 +115,7 @@ def make_run(run: Path, *, steps: int = 100) -> Path:
             {
                 "step": s,
                 "loss": scale * (1.2 + math.sin(s)) / math.sqrt(s),
-                "terms": {"flow": scale / s, "anchor": 0.01 * s},
+                "terms": {"flow": scale / s, "anchor": 0.01 * s, "all": scale * (1.2 + math.sin(s)) / math.sqrt(s)},
                 "lr": 1e-3 * (1 - s / (steps + 1)),
                 "grad_norm": 1.0,
                 "samples": s * 8,

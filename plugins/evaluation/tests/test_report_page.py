@@ -74,7 +74,7 @@ def test_it_says_what_changed_in_sections(page: Page) -> None:
     assert "top1 0.768 0.744 −0.024" in page.text and "mean 0.100 0.433 +0.333" in page.text
     assert "3 of 30 right before, 10 after: 10 newly right, 3 newly wrong (two-sided sign test, p = 0.092)" in page.text
     assert "10 of 10, spread over the patterns" in page.text
-    assert "torch 2.15.0" in page.text and "clipgraft-squares 0.1" in page.text
+    assert "torch 2.15.0" in page.text and "plugin squares clipgraft-squares 0.1" in page.text
     assert "61 s, 100 steps, seed 7" in page.text
 
 

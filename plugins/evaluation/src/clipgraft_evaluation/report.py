@@ -165,9 +165,9 @@ def _stages(stages: Sequence[StageLog]) -> Iterator[StageFigures]:
         steps = [float(row["step"]) for row in stage.rows]
         named = {"loss": [_float(row.get("loss")) for row in stage.rows]}
         for term in dict.fromkeys(term for row in stage.rows for term in row.get("terms", {})):
-            named[term] = [_float(row.get("terms", {}).get(term)) for row in stage.rows]
-        if len(named) == 2 and len({tuple(values) for values in named.values()}) == 1:
-            named.popitem()  # a single term that is the loss itself
+            values = [_float(row.get("terms", {}).get(term)) for row in stage.rows]
+            if values != named["loss"]:  # a single term is the loss itself
+                named[term] = values
         for key in ("lr", "grad_norm"):
             values = [_float(row.get(key)) for row in stage.rows]
             if any(math.isfinite(v) for v in values):
