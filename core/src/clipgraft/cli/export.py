@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 import typer
 
 from clipgraft.cli.output import JsonFlag, emit
+from clipgraft.errors import InputError
+from clipgraft.registry import current
 
 
 def export(
@@ -26,8 +28,11 @@ def export(
     """Write a model as a directory that clipgraft, and where possible open_clip alone, can open."""
     from clipgraft.checkpoint import write_export
     from clipgraft.encoders import load
-    from clipgraft.registry import current
+    from clipgraft.encoders.openclip import why_not_open_clip
 
     with redirect_stdout(sys.stderr):  # whatever libraries print
-        folder = write_export(load(model, registry=current()), out)
+        encoder = load(model, registry=current())
+        if format == "open_clip" and (reason := why_not_open_clip(encoder)):
+            raise InputError(f"open_clip can't hold {model}: {reason}; leave --format out to export it for clipgraft")
+        folder = write_export(encoder, out)
     emit({"model": model, "export": str(folder)}) if json else print(f"model: {folder}")

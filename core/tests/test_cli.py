@@ -1,0 +1,287 @@
+"""The command line in this process: what it prints, where, and which exit code it ends with."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clipgraft.cli import main
+from clipgraft.errors import ClipgraftError, Interrupted
+from clipgraft.registry import Registry, use
+
+
+@dataclass
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Cli = Callable[..., Outcome]
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Cli]:
+    """Runs ``clipgraft ARGS`` with the core's components alone."""
+    monkeypatch.setenv("CLIPGRAFT_PLUGINS", "")
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*args: object) -> Outcome:
+        with pytest.raises(SystemExit) as ended:
+            main([str(arg) for arg in args])
+        return Outcome(int(ended.value.code or 0), *capsys.readouterr())
+
+    with use(Registry.discover(allow=[])):
+        yield call
+
+
+PLUGIN = """
+import typer
+from clipgraft.errors import ClipgraftError
+from clipgraft.spec import CommandSpec, Component, hookimpl
+
+app = typer.Typer(help="Sample.")
+
+@app.command()
+def fail(how: str):
+    if how == "bug":
+        raise KeyError("lost")
+    raise {"work": ClipgraftError("no more\\n disk"), "abort": typer.Abort()}[how]
+
+@hookimpl
+def clipgraft_commands():
+    return [CommandSpec(name="samplecli", target="samplecli:app", help="A sample.")]
+
+@hookimpl
+def clipgraft_heads():
+    mine = Component(name="mine", target="samplecli:app", summary="Mine", needs=("absent-package",), paper="Me, 2026")
+    return [mine, Component(name="gone", target="samplecli:gone")]
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "samplecli.py"
+    path.write_text(PLUGIN)
+    yield path
+    sys.modules.pop("samplecli", None)
+
+
+def test_help_lists_the_commands_of_core_and_plugins(cli: Cli, plugin: Path) -> None:
+    found = cli("--help")
+    assert found.code == 0 and found.err == ""
+    for word in ("demo", "run", "eval", "export", "report", "claims", "list", "show", "config", "plugins", "--debug"):
+        assert word in found.out
+    assert "samplecli" not in found.out and "samplecli" in cli("--plugin", plugin, "--help").out
+    assert "fail" in cli("--plugin", plugin, "samplecli", "--help").out
+    empty = cli()
+    assert (empty.code, empty.err) == (2, "") and "Usage" in empty.out
+
+
+def test_version(cli: Cli) -> None:
+    import clipgraft
+
+    assert cli("--version").out == f"clipgraft {clipgraft.__version__}\n"
+
+
+def test_errors_are_one_line_and_an_exit_code(cli: Cli, plugin: Path) -> None:
+    def fail(how: str, *options: str) -> Outcome:
+        return cli("--plugin", plugin, *options, "samplecli", "fail", how)
+
+    assert (fail("work").code, fail("work").err) == (1, "error: no more disk\n")
+    assert fail("abort").code == 1
+    bug = fail("bug")
+    assert bug.code == 1 and bug.err == "error: KeyError: 'lost'; run again with --debug for the traceback\n"
+    debugged = cli("--plugin", plugin, "samplecli", "fail", "bug", "--debug")
+    assert "Traceback" in debugged.err and debugged.err.endswith("for the traceback\n") and debugged.code == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["lisst"], "No such command 'lisst'. Did you mean 'list'? See clipgraft --help"),
+        (["run", "--sett", "a=1"], "No such option: --sett"),
+        (["eval"], "Missing argument 'MODEL'. See clipgraft eval --help"),
+        (["config", "sho"], "No such command 'sho'"),
+        (["--plugin", "absent.py", "list", "losses"], "--plugin absent.py: no such file"),
+        (["list", "lossses"], "unknown kind 'lossses'; did you mean losses"),
+        (["show", "lorra"], "unknown name 'lorra'; did you mean core/lora"),
+        (["show", "genhancer"], "pip install clipgraft-diffusion"),
+        (["plugins", "show", "absent"], "unknown plugin 'absent'"),
+        (["run"], "name a recipe"),
+        (["run", "finetune", "--resume", "x"], "knows its recipe"),
+        (["run", "finetune:x"], "unknown core/finetune preset 'x'"),
+        (["run", "finetune"], "not set: model.from, data.from; give each with --set"),
+        (["run", "finetune", "--config", "absent.yaml"], "can't read absent.yaml"),
+        (["config", "show", "finetune", "--set", "train.lr"], "write KEY=VALUE"),
+        (["eval", "absent/model", "--on", "zero-shot", "--data", "folder:x"], "unknown encoder 'absent/model'"),
+    ],
+)
+def test_bad_input_ends_with_2(cli: Cli, args: list[str], message: str) -> None:
+    found = cli(*args)
+    assert found.code == 2 and found.out == ""
+    assert found.err.startswith("error: ") and found.err.count("\n") == 1 and message in found.err
+
+
+def test_listing(cli: Cli, plugin: Path) -> None:
+    assert "core/lora" in cli("list", "grafts").out
+    (head,) = [
+        row for row in cli("--plugin", plugin, "list", "heads", "--json").json if row["name"] == "samplecli/mine"
+    ]
+    assert head == {
+        "name": "samplecli/mine",
+        "kind": "head",
+        "plugin": "samplecli",
+        "summary": "Mine",
+        "paper": "Me, 2026",
+        "needs": ["absent-package"],
+    }
+    for what in ("recipes", "encoders", "heads", "losses", "datasets", "evaluators", "claims", "run-hooks"):
+        assert cli("list", what).code == 0 and isinstance(cli("list", what, "--json").json, list)
+
+
+def test_show(cli: Cli, plugin: Path) -> None:
+    shown = cli("show", "finetune")
+    assert "core/finetune (recipe)" in shown.out and "train.batch_size" in shown.out and "required" in shown.out
+    (row,) = cli("show", "core/lora", "--json").json
+    assert {"key": "rank", "type": "integer", "default": 8}.items() <= row["config"][0].items() and row["presets"] == []
+    kinds = {row["kind"] for row in cli("show", "zero-shot", "--json").json}
+    assert kinds == {"head", "evaluator"}  # one name, two kinds: both are shown
+    assert "needs: absent-package" in cli("--plugin", plugin, "show", "mine").out
+
+
+def test_plugins(cli: Cli, plugin: Path) -> None:
+    (row,) = [row for row in cli("--plugin", plugin, "plugins", "list", "--json").json if row["name"] == "samplecli"]
+    assert row["status"] == "ok" and row["components"] == ["samplecli/gone", "samplecli/mine"] and row["error"] == ""
+    assert {"name", "distribution", "version", "status", "components", "load_ms", "error", "path"} == row.keys()
+    assert "samplecli" in cli("--plugin", plugin, "plugins", "list").out
+    shown = cli("--plugin", plugin, "plugins", "show", "samplecli", "--json").json
+    assert [offer["name"] for offer in shown["components"]] == ["samplecli/gone", "samplecli/mine"]
+    assert "Mine" in cli("--plugin", plugin, "plugins", "show", "samplecli").out
+    frozen = cli("--plugin", plugin, "plugins", "freeze").out.splitlines()
+    assert frozen[0].startswith("clipgraft==") and frozen[-1] == "# samplecli is a file"
+
+
+def test_doctor_imports_everything_and_fails_when_something_is_broken(cli: Cli, plugin: Path) -> None:
+    healthy = cli("plugins", "doctor")
+    assert healthy.code == 0, healthy.out
+    ill = cli("--plugin", plugin, "plugins", "doctor")
+    assert ill.code == 1 and "samplecli: broken" in ill.out and "AttributeError" in ill.out
+    assert "samplecli/mine needs absent-package, which is not installed" in ill.out  # a note, not the reason
+    plugin.write_text("raise RuntimeError('early')")
+    broken = cli("--plugin", plugin, "plugins", "doctor", "samplecli")
+    assert broken.code == 1 and "Traceback" in broken.out and "RuntimeError: early" in broken.out
+    assert "core" not in broken.out.split("Traceback")[0]
+
+
+def test_config_commands(cli: Cli, tmp_path: Path) -> None:
+    given = ("--set", "model.from=m", "--set", "data.from=csv:d")
+    shown = cli("config", "show", "finetune", *given, "--set", "grafts=[lora]", "--set", "train.lr=1e-3")
+    assert shown.code == 0 and "use: core/lora" in shown.out and "lr: 0.001" in shown.out and "rank: 8" in shown.out
+    file = tmp_path / "mine.yaml"
+    file.write_text(shown.out)
+    assert cli("config", "show", "finetune", "--config", file).out == shown.out
+    assert cli("config", "show", "finetune", *given, "--json").json["train"]["steps"] == 1000
+    assert "optimizer steps" in cli("config", "schema", "finetune").out
+    schema = cli("config", "schema", "finetune", "--json").json
+    assert schema["type"] == "object" and "from" in schema["$defs"]["ModelConfig"]["properties"]
+    differences = cli("config", "diff", "finetune", file, "--json").json
+    assert differences["train.lr"] == [1e-5, 1e-3] and differences["model.from"] == ["(not set)", "m"]
+    assert set(differences) == {"train.lr", "model.from", "data.from", "grafts"}
+    assert "0.001" in cli("config", "diff", "finetune", file).out
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(shown.out)
+    assert cli("config", "diff", run, file, "--json").json == {}
+    file.write_text("extends: finetune\ntrain: {steps: 7}\n")
+    assert cli("config", "diff", "finetune", file, "--json").json == {"train.steps": [1000, 7]}
+
+
+def test_run_passes_its_options_on_and_prints_the_result(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import clipgraft.run
+
+    seen: dict[str, Any] = {}
+
+    def fake(recipe: str | None, **options: Any) -> clipgraft.run.Result:
+        print("a library talks")
+        seen.update(options, recipe=recipe)
+        if options["resume"] is not None:
+            raise Interrupted("stopped after step 3; continue with --resume x")
+        if options["seed"] == 13:
+            raise ClipgraftError("the loss became NaN")
+        return clipgraft.run.Result(tmp_path, tmp_path / "export", "done", 5, {"core/pairs.mean": 0.25}, 1.0)
+
+    monkeypatch.setattr(clipgraft.run, "run_recipe", fake)
+    done = cli("run", "finetune:tiny", "--set", "a=1", "--set", "b=2", "--seed", 4, "--config", "f.yaml", "--json")
+    assert done.code == 0 and done.err == "a library talks\n"
+    assert done.json == {
+        "run": str(tmp_path),
+        "export": str(tmp_path / "export"),
+        "status": "done",
+        "steps": 5,
+        "metrics": {"core/pairs.mean": 0.25},
+        "seconds": 1.0,
+    }
+    assert seen["recipe"] == "finetune:tiny" and list(seen["overrides"]) == ["a=1", "b=2"] and seen["seed"] == 4
+    assert list(seen["configs"]) == [Path("f.yaml")] and seen["out"] is None and not seen["dry_run"]
+    assert "core/pairs.mean 0.2500" in cli("run", "finetune").out
+    assert cli("run", "--resume", tmp_path).code == 130
+    assert (cli("run", "finetune", "--seed", 13).code, cli("run", "finetune", "--seed", 13).out) == (1, "")
+
+
+def test_export_and_eval_of_a_real_model(cli: Cli, tmp_path: Path) -> None:
+    from PIL import Image
+
+    from clipgraft.checkpoint import write_export
+    from clipgraft.testing.tiny import tiny_clip
+
+    model = write_export(tiny_clip(), tmp_path / "model")
+    copied = cli("export", model, "--out", tmp_path / "copy", "--format", "open_clip", "--json")
+    assert copied.code == 0 and (Path(copied.json["export"]) / "open_clip_config.json").is_file()
+    for label in ("red", "blue"):
+        for k in range(12):
+            path = tmp_path / "data" / label / f"{k}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 40), label).save(path)
+    source = f"folder:{tmp_path / 'data'}"
+    args = ("eval", copied.json["export"], "--on", f"zero-shot,linear-probe@{source}", "--data", source)
+    found = cli(*args, "--out", tmp_path / "samples", "--json")
+    assert found.code == 0, found.err
+    assert found.json["model"] == copied.json["export"]
+    assert found.json["results"].keys() == {"core/zero-shot", "core/linear-probe"}
+    samples = (tmp_path / "samples" / "core-zero-shot.jsonl").read_text().splitlines()
+    assert len(samples) == 24 and all(isinstance(json.loads(line), dict) for line in samples)
+    assert "top1" in cli(*args).out
+
+
+def test_export_to_open_clip_says_why_it_cannot(cli: Cli, tmp_path: Path) -> None:
+    source = """
+from clipgraft.spec import hookimpl
+
+@hookimpl
+def clipgraft_open(uri):
+    if uri == "odd":
+        from clipgraft.testing.tiny import tiny_clip
+
+        encoder = tiny_clip()
+        encoder.data.model_config = {}
+        return encoder
+"""
+    (tmp_path / "sampleopener.py").write_text(source)
+    odd = ("--plugin", tmp_path / "sampleopener.py", "export", "odd", "--out")
+    refused = cli(*odd, tmp_path / "theirs", "--format", "open_clip")
+    assert refused.code == 2 and "open_clip can't hold" in refused.err and not (tmp_path / "theirs").exists()
