@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from clipgraft.data import open_source
 from clipgraft.data.base import BadSample, Source
 from clipgraft.data.images import as_rgb, read_image
 from clipgraft.errors import InputError
-from PIL import Image
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 

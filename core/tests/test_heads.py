@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+
 from clipgraft.errors import InputError
 from clipgraft.heads.linear_probe import LinearProbe, LinearProbeConfig
 from clipgraft.heads.zero_shot import ZeroShotConfig, ZeroShotHead
-from torch import Tensor
-from torch.nn import functional as F
 
 
 def blobs(n: int = 200, dim: int = 6, classes: int = 3, noise: float = 1.0) -> tuple[Tensor, Tensor]:

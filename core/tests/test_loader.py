@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from clipgraft.data.base import BadSample, Pair, Sample
 from clipgraft.data.loader import BadSamples, TrainLoader, class_prompts, evaluation_batches, stack_images
 from clipgraft.encoders.base import Preprocess
 from clipgraft.errors import InputError
 from clipgraft.types import Batch
-from torch import Tensor
 
 PREPROCESS = Preprocess(size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
 

@@ -6,6 +6,9 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+
 from clipgraft.errors import ClipgraftError, InputError
 from clipgraft.losses.base import Loss, LossInputs
 from clipgraft.losses.contrastive import ClipLoss
@@ -17,8 +20,6 @@ from clipgraft.losses.distill import (
     distill,
 )
 from clipgraft.losses.sigmoid import SigLipLoss
-from torch import Tensor
-from torch.nn import functional as F
 
 B, D, N, W = 6, 5, 4, 3
 ALL = [ClipLoss(), SigLipLoss(), CosineDistill(), FeatureDistill()]
