@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +27,7 @@ from clipgraft.evaluation.probe import Probe
 from clipgraft.evaluation.retrieval import Retrieval
 from clipgraft.evaluation.zero_shot import ZeroShot
 from clipgraft.log import RunLog
+from clipgraft.registry import Registry
 from clipgraft.testing.tiny import tiny_clip
 from clipgraft.types import FeatureRequest
 
@@ -365,7 +368,11 @@ def test_any_hit_counts_for_images_with_several_captions() -> None:
 
 def test_retrieval_refuses_what_it_cannot_rank() -> None:
     features = EncoderFeatures(tiny_clip())
-    assert "recall at 10 among 5 images" in one_line(lambda: Retrieval()(features, captioned(5)))
+    assert "recall at 10 among 5 images" in one_line(lambda: Retrieval(ks=(1, 10))(features, captioned(5)))
+    assert "recall at 1 among 1 images" in one_line(lambda: Retrieval()(features, captioned(1)))
+    assert set(Retrieval()(features, captioned(5)).counts) == {
+        f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5)
+    }
     assert "recall at 1 among" in one_line(lambda: Retrieval(ks=(0, 1))(features, captioned(5)))
     bare = Memory([*captioned(3).rows, Sample("bare", pixels(0))])
     assert "bare has no caption" in one_line(lambda: Retrieval(ks=(1,))(features, bare))
@@ -593,3 +600,23 @@ def test_evaluate_counts_what_it_skips_and_wants_data() -> None:
     assert found["core/zero-shot"].metrics["skipped"] == 1
     assert "skipped" not in run(["zero-shot"], default_data="p/labelled")["core/zero-shot"].metrics
     assert "core/zero-shot has no data to measure on; give --data" in one_line(lambda: run(["zero-shot"]))
+
+
+def test_files_are_measured_through_the_registry(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    skimage, sklearn = pytest.importorskip("skimage"), pytest.importorskip("sklearn")
+    data, images = Path(skimage.__file__).parent / "data", Path(sklearn.__file__).parent / "datasets" / "images"
+    files = {"cat": data / "chelsea.png", "building": images / "china.jpg", "flower": images / "flower.jpg"}
+    rows = ["image,caption"]
+    for name, file in files.items():
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        shutil.copy(file, tmp_path / "photos" / name)
+        rows += [f"photos/{name}/{file.name},a photo of a {name}", f"photos/{name}/{file.name},one {name}"]
+    shutil.copy(data / "multipage_rgb.tif", tmp_path / "photos" / "cat")  # real, and not readable by Pillow
+    (tmp_path / "pairs.csv").write_text("\n".join([*rows, "photos/gone.jpg,a dog"]))
+    nodes = [f"zero-shot@folder:{tmp_path / 'photos'}", f"retrieval@csv:{tmp_path / 'pairs.csv'}"]
+    found = evaluate(tiny_clip(), nodes, registry=Registry.discover(allow=()))
+    assert found["core/zero-shot"].counts["top1"][1] == 3 and found["core/zero-shot"].metrics["skipped"] == 1
+    assert {row["id"] for row in found["core/zero-shot"].samples} == {f"{n}/{f.name}" for n, f in files.items()}
+    assert found["core/retrieval"].counts["text_to_image_r1"][1] == 6
+    assert "photos/gone.jpg: missing file; skipped" in caplog.text
+    json.dumps([dict(row) for evaluation in found.values() for row in evaluation.samples])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -106,7 +107,7 @@ class EncoderFeatures:
         prompts = [prompt for name in classes for prompt in class_prompts(name, templates)]
         ids = self.encoder.tokenizer(prompts)
         digest = hashlib.sha256(f"{self._weights()}/{len(classes)}/{tuple(ids.shape)}".encode())
-        digest.update(ids.contiguous().numpy())
+        digest.update(ids.contiguous().numpy().tobytes())
         key = digest.hexdigest()
         if key not in self._classifiers:
             mean = self._encode(ids).view(len(classes), len(ids) // len(classes), -1).mean(1)
@@ -137,8 +138,9 @@ class EncoderFeatures:
                     bar.advance(len(batch))
         if not items:
             raise InputError(f"{source.name} has nothing that can be read: {bad}")
-        if bad.count and self.log:
-            self.log.info(f"{source.name}: {bad}; skipped")
+        if bad.count:
+            say = self.log.info if self.log else logging.getLogger("clipgraft").warning
+            say(f"{source.name}: {bad}; skipped")
         done = Pass(torch.cat(pooled), torch.cat(patches) if patches else None, items, bad)
         self._passes[source.fingerprint] = done
         return done

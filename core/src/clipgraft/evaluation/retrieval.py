@@ -23,15 +23,18 @@ class Retrieval(Config):
     against the model.
     """
 
-    ks: tuple[int, ...] = Field((1, 5, 10), min_length=1, description="ranks k at which recall is reported")
+    ks: tuple[int, ...] | None = Field(
+        None, min_length=1, description="ranks at which recall is reported; null: those of 1, 5, 10 with enough images"
+    )
 
     def __call__(self, features: EncoderFeatures, source: Source) -> Evaluation:
         """Records: id, rank of its best caption, rank of the image for each caption; correct: a caption comes first."""
         samples = features.samples(source)
         if bare := [sample.id for sample in samples if not sample.captions]:
             raise InputError(f"{source.name}: {bare[0]} has no caption; retrieval needs a csv: with a caption column")
-        if not 0 < min(self.ks) <= max(self.ks) <= len(samples):
-            raise InputError(f"recall at {max(self.ks)} among {len(samples)} images of {source.name}; set smaller ks")
+        ks = self.ks or tuple(k for k in (1, 5, 10) if k <= len(samples))
+        if len(samples) < 2 or not 0 < min(ks) <= max(ks) <= len(samples):
+            raise InputError(f"recall at {max(ks)} among {len(samples)} images of {source.name}; set ks to 1 .. images")
         captions = [caption for sample in samples for caption in sample.captions]
         owner = torch.tensor([i for i, sample in enumerate(samples) for _ in sample.captions])
         unique = {caption: k for k, caption in enumerate(dict.fromkeys(captions))}
@@ -41,7 +44,7 @@ class Retrieval(Config):
             "image_to_text": _ranks(images, texts, column, query_owner=index, owner=owner),
             "text_to_image": _ranks(texts[column], images, index, query_owner=owner, owner=index),
         }
-        counts = {f"{name}_r{k}": (int((r < k).sum()), len(r)) for name, r in found.items() for k in self.ks}
+        counts = {f"{name}_r{k}": (int((r < k).sum()), len(r)) for name, r in found.items() for k in ks}
         per_caption = torch.split(found["text_to_image"], [len(sample.captions) for sample in samples])
         rows = zip(samples, found["image_to_text"].tolist(), per_caption, strict=True)
         records = ({"id": s.id, "correct": r == 0, "caption_rank": r, "image_ranks": i.tolist()} for s, r, i in rows)
