@@ -1,0 +1,179 @@
+"""A run from its config to its export: directory, resuming, refusals, hooks, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from clipgraft.checkpoint import open_export, write_export
+from clipgraft.errors import InputError, Interrupted
+from clipgraft.registry import Registry
+from clipgraft.run import run_recipe
+from clipgraft.spec import runhook
+from clipgraft.testing.tiny import tiny_clip
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A tiny CLIP directory and 24 captioned pictures."""
+    folder = tmp_path_factory.mktemp("world")
+    write_export(tiny_clip(), folder / "clip")
+    g = torch.Generator().manual_seed(0)
+    rows = ["image,caption"]
+    for i in range(24):
+        pixels = torch.randint(0, 256, (40, 40, 3), dtype=torch.uint8, generator=g)
+        Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
+        rows.append(f"{i}.png,a picture of thing{i}")
+    (folder / "pairs.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def settings(world: Path, **more: object) -> dict[str, object]:
+    base = {"model.from": str(world / "clip"), "data.from": f"csv:{world / 'pairs.csv'}", "train.steps": 4}
+    return {**base, "train.batch_size": 8, "train.warmup": 0, "train.lr": 1e-3, "train.log_every": 1, **more}
+
+
+REGISTRY = Registry.discover(allow=[])
+
+
+def test_a_run_leaves_a_directory_that_tells_the_story(world, tmp_path):
+    evaluators = [{"use": "core/retrieval"}]
+    result = run_recipe(
+        "finetune",
+        overrides=settings(world, **{"evaluate.on": evaluators, "evaluate.data": f"csv:{world / 'pairs.csv'}"}),
+        out=tmp_path / "run",
+        registry=REGISTRY,
+    )
+    assert result.status == "done" and result.steps == 4
+    names = {p.name for p in result.run.iterdir()}
+    expected = "config.yaml command.txt env.json plugins.json log.txt status.json evaluations.json stages evaluation export"
+    assert set(expected.split()) <= names
+    assert result.metrics.keys() == {f"core/retrieval.{m}" for m in json.loads((result.run / "evaluations.json").read_text())["after"]["core/retrieval"]}
+    rows = [json.loads(line) for line in (result.run / "stages/00-train/metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [1, 2, 3, 4] and [r["samples"] for r in rows] == [8, 16, 24, 32]
+    assert json.loads((result.run / "status.json").read_text())["status"] == "done"
+    assert not (result.run / "stages/00-train/state").exists(), "resume states are dropped when a stage is done"
+    samples = (result.run / "evaluation/before/core-retrieval.jsonl").read_text().splitlines()
+    assert len(samples) >= 24 and json.loads(samples[0])
+
+
+def test_the_export_opens_in_open_clip_and_differs_from_the_base(world, tmp_path):
+    result = run_recipe("finetune", overrides=settings(world), out=tmp_path / "run", registry=REGISTRY)
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{result.export}")
+    pixels = torch.rand(2, 3, 32, 32)
+    ours, base = open_export(result.export), open_export(world / "clip")
+    with torch.no_grad():
+        theirs = model.eval().encode_image(ours.preprocess.normalize(pixels))
+        torch.testing.assert_close(theirs, ours.eval().image(ours.preprocess.normalize(pixels)).pooled)
+        assert (theirs - base.eval().image(base.preprocess.normalize(pixels)).pooled).abs().max() > 1e-3
+    assert [step["recipe"] for step in json.loads((result.export / "clipgraft.json").read_text())["lineage"]] == ["core/finetune"]
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(world, tmp_path):
+    found = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        result = run_recipe("finetune", overrides=settings(world), seed=seed, out=tmp_path / name, registry=REGISTRY)
+        found.append((result.export / "open_clip_model.safetensors").read_bytes())
+    assert found[0] == found[1] != found[2]
+
+
+class StopAt:
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    @runhook
+    def after_step(self, run, stage, step, output) -> None:
+        run.stop_requested = step + 1 == self.step
+
+
+def test_interrupted_runs_resume_to_the_same_export(world, tmp_path, monkeypatch):
+    whole = run_recipe("finetune", overrides=settings(world), out=tmp_path / "whole", registry=REGISTRY)
+    from clipgraft import run as module
+
+    original = module.Run.__post_init__
+
+    def with_hook(self) -> None:
+        original(self)
+        self.hooks.register(StopAt(2), "stop")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Run, "__post_init__", with_hook)
+        with pytest.raises(Interrupted, match="after step 2; continue with --resume"):
+            run_recipe("finetune", overrides=settings(world), out=tmp_path / "run", registry=REGISTRY)
+    assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "interrupted"
+    assert not (tmp_path / "run/export").exists()
+    again = run_recipe(resume=tmp_path / "run", registry=REGISTRY)
+    assert (again.export / "open_clip_model.safetensors").read_bytes() == (whole.export / "open_clip_model.safetensors").read_bytes()
+    third = run_recipe(resume=tmp_path / "run", registry=REGISTRY)
+    assert third.status == "done", "resuming a finished run is harmless"
+
+
+@pytest.mark.parametrize(("bad", "message"), [
+    ({"model.from": "nowhere/clip"}, "nowhere/clip"),
+    ({"train.batch_size": 48}, "48"),
+    ({"loss_weights": [1.0, 2.0]}, "one per loss"),
+    ({"train.batch_size": 9, "train.accumulate": 2}, "divisible"),
+    ({"trackers": ["mlflow"]}, "mlflow is not installed"),
+])  # fmt: skip
+def test_bad_settings_are_one_clear_line(world, tmp_path, bad, message):
+    with pytest.raises(InputError, match=message) as error:
+        run_recipe("finetune", overrides=settings(world, **bad), out=tmp_path / "run", registry=REGISTRY)
+    assert "\n" not in str(error.value)
+
+
+def test_a_new_run_never_overwrites_another(world, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="is not empty"):
+        run_recipe("finetune", overrides=settings(world), out=tmp_path / "run", registry=REGISTRY)
+    assert (tmp_path / "run/thesis.tex").read_text() == "years of work"
+
+
+def test_a_dry_run_checks_and_writes_nothing(world, tmp_path):
+    result = run_recipe("finetune", overrides=settings(world), out=tmp_path / "run", dry_run=True, registry=REGISTRY)
+    assert result.status == "dry-run" and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_run_continues(world, tmp_path, number):
+    sets = [f"--set={k}={v}" for k, v in settings(world, **{"train.steps": 400}).items()]
+    environment = {**os.environ, "CLIPGRAFT_PLUGINS": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "clipgraft", "run"]
+    metrics = tmp_path / "run/stages/00-train/metrics.jsonl"
+    process = subprocess.Popen([*command, "finetune", *sets, "--out", tmp_path / "run"], env=environment, stderr=subprocess.PIPE)
+    until = time.monotonic() + 90
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 20) and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error.decode()
+    assert b"Traceback" not in error and b"--resume" in error
+    subprocess.run([*command, "--resume", tmp_path / "run"], env=environment, check=True, capture_output=True)
+    subprocess.run([*command, "finetune", *sets, "--out", tmp_path / "whole"], env=environment, check=True, capture_output=True)
+    a, b = (tmp_path / name / "export/open_clip_model.safetensors" for name in ("run", "whole"))
+    assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one(world, tmp_path):
+    """torchrun with two gloo ranks: the same weights up to rounding as one process on the same global batch."""
+    sets = [f"--set={k}={v}" for k, v in settings(world, **{"train.optimizer": "sgd"}).items()]
+    environment = {**os.environ, "CLIPGRAFT_PLUGINS": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "clipgraft"]
+    for name, launch in (("one", [sys.executable, "-m", "clipgraft"]), ("two", torchrun)):
+        done = subprocess.run([*launch, "run", "finetune", *sets, "--out", tmp_path / name], env=environment, capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()[-2000:]
+    assert json.loads((tmp_path / "two/env.json").read_text())["processes"] == 2
+    one, two = (open_export(tmp_path / name / "export").state_dict() for name in ("one", "two"))
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
