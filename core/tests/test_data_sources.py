@@ -15,6 +15,7 @@ from clipgraft.data import open_source
 from clipgraft.data.base import BadSample, Source
 from clipgraft.data.images import as_rgb, read_image
 from clipgraft.errors import InputError
+from clipgraft.registry import Registry
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -132,6 +133,13 @@ def test_table_groups_captions_and_numbers_labels(tmp_path: Path) -> None:
     assert open_source(f"csv:{table}").fingerprint != source.fingerprint
 
 
+def test_labels_that_only_look_like_numbers_are_names(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    for text, classes in (("--5", ["--5"]), ("-5", ["-5"]), ("-", ["-"]), ("1.5", ["1.5"])):
+        (tmp_path / "t.csv").write_text(f"image,label\na.png,{text}\n")
+        assert open_source(f"csv:{tmp_path / 't.csv'}").classes == classes
+
+
 def test_tab_separated_and_labels_alone(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     (tmp_path / "t.tsv").write_text("image\tcaption\na.png\tred, and more\n")
@@ -188,12 +196,14 @@ def test_rows_that_cannot_be_used_are_bad_samples(tmp_path: Path) -> None:
 def test_unknown_references_say_what_to_type(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"expected folder:DIR, csv:FILE or a registered dataset"):
         open_source("wds:shards.tar")
-    with pytest.raises(InputError, match="did you mean folder:"):
-        open_source(str(tmp_path))
-    file = tmp_path / "t.csv"
-    file.write_text("image,caption\n")
-    with pytest.raises(InputError, match="did you mean csv:"):
-        open_source(str(file))
+    (tmp_path / "t.csv").write_text("image,caption\n")
+    registry = Registry.discover(allow=())
+    for path, scheme in ((tmp_path, "folder"), (tmp_path / "t.csv", "csv")):
+        with pytest.raises(InputError) as caught:
+            open_source(str(path), registry=registry)
+        assert f"For files write {scheme}:{path}" in str(caught.value)
+    with pytest.raises(InputError, match="unknown dataset 'toyworld/imags'"):
+        open_source("toyworld/imags", registry=registry)
 
 
 class FakeRegistry:

@@ -7,12 +7,15 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+from clipgraft.data import open_source
 from clipgraft.data.base import BadSample, Pair, Sample
 from clipgraft.data.loader import BadSamples, TrainLoader, class_prompts, evaluation_batches, stack_images
 from clipgraft.encoders.base import Preprocess
@@ -229,6 +232,22 @@ def test_class_names_stand_in_for_captions_and_nothing_else_does(workers: int) -
     with pytest.raises(InputError, match="has no caption; train on a csv:") as caught:
         next(loader(Pixels(8, captions=0, labels=False), tokenizer=Numbers(), workers=workers).iterate())
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_files_are_loaded_and_damaged_ones_replaced(tmp_path: Path, workers: int) -> None:
+    for i in range(7):
+        Image.new("RGB", (9 + i, 8), (30 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "3.png").write_bytes((tmp_path / "3.png").read_bytes()[:50])
+    rows = "".join(f"{i}.png,{i} {i}\n" for i in range(7))
+    (tmp_path / "pairs.csv").write_text(f"image,caption\n{rows}")
+    batches = loader(open_source(f"csv:{tmp_path / 'pairs.csv'}"), tokenizer=Numbers(), workers=workers)
+    for batch in islice(batches.iterate(), 8):
+        assert "3.png" not in batch.ids
+        for i, name in enumerate(batch.ids):
+            assert batch.text[i].tolist() == [int(name[0])] * 2
+            assert torch.allclose(batch.pixels[i, 0] * 255, torch.tensor(30.0 * int(name[0])), atol=0.01)
+    assert batches.bad.count == 1 and batches.bad.first[0].startswith("3.png: ")
 
 
 def test_class_prompts() -> None:

@@ -25,9 +25,8 @@ def open_source(ref: str, *, registry: Registry | None = None, max_pixels: int =
 
         return open_table(rest, max_pixels=max_pixels)
     name, _, query = ref.partition("?")
-    if ":" in name or not name or Path(name).exists():
-        hint = f"; did you mean {'csv' if Path(name).is_file() else 'folder'}:{name}?" if name else ""
-        raise InputError(f"{ref!r} is no data reference; expected folder:DIR, csv:FILE or a registered dataset{hint}")
+    if ":" in name or not name:
+        raise InputError(f"{ref!r} is no data reference; expected folder:DIR, csv:FILE or a registered dataset")
     from clipgraft.config.load import parse_yaml
     from clipgraft.registry import current
 
@@ -35,7 +34,12 @@ def open_source(ref: str, *, registry: Registry | None = None, max_pixels: int =
     if bad := [key for key, equals, _ in pairs if not equals]:
         raise InputError(f"{ref}: {bad[0]!r} has no value; write plugin/name?key=value&key=value")
     settings = {key: parse_yaml(value, origin=ref) for key, _, value in pairs}
-    source: Source | PairSource = (registry or current()).build("dataset", name, settings)
+    try:
+        source: Source | PairSource = (registry or current()).build("dataset", name, settings)
+    except InputError as error:
+        if not Path(name).exists():
+            raise
+        raise InputError(f"{error} For files write {'csv' if Path(name).is_file() else 'folder'}:{name}") from None
     if not len(source):
         raise InputError(f"{ref} is empty")
     return source

@@ -84,7 +84,7 @@ class TrainLoader:
         self.steps_per_epoch, self.allowed = total // self.size, self.max_bad * total
         self._plain = evaluation_transform(self.preprocess)
         self._augmented = training_transform(self.preprocess, self.crop) if self.crop else None
-        self._order: tuple[int, list[int]] = (-1, [])
+        self._order = -1, torch.empty(0)
         self.load_state_dict({})
 
     def iterate(self, start: int = 0) -> Iterator[Batch]:
@@ -121,11 +121,11 @@ class TrainLoader:
         """The sample of one lane of the global batch that starts at ``first``, as pixels with one caption."""
         if self._order[0] != epoch:
             rng = _generator(self.seed, epoch, "order")
-            self._order = epoch, torch.randperm(len(self.source), generator=rng).tolist()
+            self._order = epoch, torch.randperm(len(self.source), generator=rng)
         order, outside = self._order[1], len(self.source) - self.size
         spare = (first + self.size + (lane + k * self.size) % outside for k in range(outside))
         for place in chain([first + lane], spare, range(first + lane, first + lane + len(order))):
-            index = order[place % len(order)]
+            index = int(order[place % len(order)])
             if len(bad) > self.allowed:
                 return None
             try:

@@ -28,7 +28,7 @@ def open_table(file: str | Path, *, max_pixels: int = MAX_PIXELS) -> ImageFiles:
         raise InputError(f"{name}: no row below the header")
     if labels and (bare := captions.keys() - labels.keys()):
         raise InputError(f"{name}: {min(bare)} has no label but others have one; fill in the label column")
-    numeric = all(value.lstrip("-").isdecimal() for value in labels.values())
+    numeric = all(value.removeprefix("-").isdecimal() for value in labels.values())
     classes = sorted(set(labels.values()), key=int if numeric else str)
     index = {value: k for k, value in enumerate(classes)}
     return ImageFiles(name, path.parent, captions, {i: index[v] for i, v in labels.items()}, classes, max_pixels)
