@@ -292,21 +292,23 @@ def test_a_second_call_runs_only_what_is_new(run_claims: Callable[..., tuple[str
     assert run_claims("--seeds", "3")[2] == 2
 
 
-def test_what_decides_a_result_is_part_of_its_identity(plugin_file: Path, tmp_path: Path) -> None:
-    with use(Registry.discover(allow=(), files=[plugin_file])):
-        job = Job(
-            arm=Arm(name="a", recipe="core/finetune"),
-            seed=0,
-            overrides=("model.from=x", "data.from=folder:y"),
-            folder=tmp_path,
-        )
+def test_what_decides_a_result_is_part_of_its_identity(tmp_path: Path) -> None:
+    file = tmp_path / "edited_claims.py"
+    file.write_text(PLUGIN)
+    overrides = ("model.from=x", "data.from=folder:y")
+    job = Job(arm=Arm(name="a", recipe="core/finetune"), seed=0, overrides=overrides, folder=tmp_path)
+    with use(Registry.discover(allow=(), files=[file])):
         text = command_identity(job)
-        assert "clipgraft " in text.splitlines()[0] and "from: folder:y" in text
+        assert text.startswith("# code ") and "from: folder:y" in text
         others = [replace(job, seed=1), replace(job, overrides=(*job.overrides, "train.lr=1e-3"))]
         assert len({text, *map(command_identity, others)}) == 3
         assert command_identity(replace(job, folder=tmp_path / "elsewhere")) == text
         with pytest.raises(InputError, match=r"train\.stepz"):
             command_identity(replace(job, overrides=(*job.overrides, "train.stepz=1")))
+        (tmp_path / "beside.py").write_text("x = 1")
+        assert command_identity(job) == text, "what lies beside a plugin file is not part of it"
+        file.write_text(PLUGIN + "x = 1\n")
+        assert command_identity(job) != text, "edited code"
 
 
 @pytest.mark.parametrize(

@@ -180,8 +180,7 @@ def check(
 ) -> Verdict:
     """Run every arm with every seed (seed k on base k, cyclically) below ``out``, one per core at a time, and judge.
 
-    A finished arm is reused while ``identity(job)`` (versions and resolved config) is unchanged; edited code changes
-    neither, so take another ``out`` then. ``seconds`` is what the arms took, over the number of cores.
+    A finished arm is reused while ``identity(job)`` is unchanged. ``seconds``: what the arms took, over the cores.
     """
     jobs = {}
     for k, arm in ((k, arm) for k in range(seeds) for arm in claim.arms):

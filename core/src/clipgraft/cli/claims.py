@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import statistics
 import subprocess
@@ -58,13 +59,16 @@ def _chosen(registry: Registry, names: Sequence[str], plugin: str | None) -> lis
 
 
 def identity(job: Job) -> str:
-    """What decides the numbers of a run: plugin versions and the whole resolved config."""
+    """What decides the numbers of a run: the code of the plugins in use and the whole resolved config."""
     from clipgraft.config.load import dump_yaml, load_recipe
 
-    registry = current()
-    _, config = load_recipe(job.arm.recipe, overrides=[*job.overrides, f"seed={job.seed}"], registry=registry)
-    versions = [f"# {plugin.distribution} {plugin.version}\n" for plugin in registry.plugins if plugin.status == "ok"]
-    return "".join(versions) + dump_yaml(config)
+    _, config = load_recipe(job.arm.recipe, overrides=[*job.overrides, f"seed={job.seed}"], registry=current())
+    code = hashlib.sha256()
+    for plugin in (p for p in current().plugins if p.status == "ok"):
+        path = Path(plugin.path)
+        for file in [path] if plugin.distribution == "(file)" else sorted(path.parent.rglob("*.py")):
+            code.update(file.read_bytes())
+    return f"# code {code.hexdigest()}\n{dump_yaml(config)}"
 
 
 def run_in_subprocess(job: Job) -> None:
@@ -105,9 +109,7 @@ def _spread(values: Sequence[float]) -> str:
 def write_results(verdicts: Sequence[Verdict], out: Path) -> None:
     """claims.json, claims.md and, when clipgraft-evaluation is in use, a plot per claim."""
     plots = engine("claims")
-    entries = [
-        {**v.as_json(), "met": v.met, "unmet": v.unmet, "rule": v.claim.rule} | asdict(v.claim) for v in verdicts
-    ]
+    entries = [v.as_json() | {"met": v.met, "unmet": v.unmet, "rule": v.claim.rule} | asdict(v.claim) for v in verdicts]
     pages = [page(v) for v in verdicts]
     for number, v in enumerate(verdicts if plots is not None else ()):
         pages[number] += f"\n![{v.claim.name}: one dot per seed and arm]({plots.claim_plot(v, out).name})\n"
