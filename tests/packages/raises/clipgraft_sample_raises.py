@@ -1,0 +1,3 @@
+"""A manifest that fails at import."""
+
+raise RuntimeError("this manifest always fails")

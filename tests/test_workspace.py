@@ -1,0 +1,89 @@
+"""The repository's frame: extras, sources, requirements and folders name the same plugins; imports keep the layers."""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PLUGINS = sorted(p.parent.name for p in (ROOT / "plugins").glob("*/pyproject.toml"))
+MEMBERS = ["core", *(f"plugins/{name}" for name in PLUGINS)]
+
+
+def toml(folder: str) -> dict[str, dict]:  # type: ignore[type-arg]
+    return tomllib.loads((ROOT / folder / "pyproject.toml").read_text("utf-8"))
+
+
+def distribution(member: str) -> str:
+    return "clipgraft" if member == "core" else f"clipgraft-{member.removeprefix('plugins/')}"
+
+
+def test_every_plugin_folder_is_a_plugin() -> None:
+    assert sorted(p.name for p in (ROOT / "plugins").iterdir() if p.is_dir()) == PLUGINS
+
+
+def test_extras_sources_and_requirements_name_every_member() -> None:
+    root = toml(".")
+    extras = root["project"]["optional-dependencies"]
+    assert extras.pop("all") == [f"clipgraft-workspace[{','.join(PLUGINS)}]"]
+    assert extras == {name: [f"clipgraft-{name} @ {{root:uri}}/plugins/{name}"] for name in PLUGINS}
+    assert root["project"]["dependencies"] == ["clipgraft @ {root:uri}/core"]
+    assert "Private :: Do Not Upload" in root["project"]["classifiers"]
+    assert root["tool"]["uv"]["sources"] == {distribution(member): {"workspace": True} for member in MEMBERS}
+    lines = (ROOT / "requirements-dev.txt").read_text("utf-8").splitlines()
+    assert [line.partition("[")[0] for line in lines if line.startswith("-e")] == [f"-e ./{m}" for m in MEMBERS]
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_a_member_is_packaged_like_the_others(member: str) -> None:
+    project, name = toml(member)["project"], distribution(member)
+    package = name.replace("-", "_")
+    assert project["name"] == name and project["requires-python"] == toml(".")["project"]["requires-python"]
+    assert project["version"] == toml(".")["project"]["version"]
+    assert (ROOT / member / project["readme"]).is_file() and (ROOT / member / "src" / package / "py.typed").is_file()
+    if member != "core":
+        plugin = member.removeprefix("plugins/")
+        assert project["entry-points"] == {"clipgraft.v1": {plugin: f"{package}.plugin"}}
+        assert any(re.match(r"clipgraft\b(?!-)", requirement) for requirement in project["dependencies"])
+
+
+def imports(path: Path, *, top: bool = False) -> Iterator[str]:
+    """Modules that a file imports; ``top`` leaves out those inside functions."""
+    tree = ast.parse(path.read_text("utf-8"))
+    for node in tree.body if top else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_no_member_imports_a_plugin_but_itself(member: str) -> None:
+    own = distribution(member).replace("-", "_")
+    for path in (ROOT / member / "src").rglob("*.py"):
+        for module in imports(path):
+            root = module.partition(".")[0]
+            assert root in (own, "clipgraft") or not root.startswith("clipgraft"), f"{path} imports {module}"
+
+
+@pytest.mark.parametrize("plugin", PLUGINS)
+def test_a_manifest_imports_records_only(plugin: str) -> None:
+    manifest = ROOT / "plugins" / plugin / "src" / f"clipgraft_{plugin}" / "plugin.py"
+    assert set(imports(manifest)) <= {"__future__", "clipgraft.spec"}
+
+
+def test_click_is_never_imported() -> None:
+    for path in [*ROOT.glob("core/src/**/*.py"), *ROOT.glob("plugins/*/src/**/*.py")]:
+        assert "click" not in {module.partition(".")[0] for module in imports(path)}, path
+
+
+def test_files_have_names_that_say_something() -> None:
+    said_nothing = {"utils", "helpers", "misc", "common", "util", "helper"}
+    assert not [p for p in ROOT.glob("*/**/src/**/*.py") if p.stem in said_nothing]
+    test_folders = [ROOT / "tests", *(ROOT / member / "tests" for member in MEMBERS)]
+    assert not [p for folder in test_folders for p in folder.rglob("__init__.py")]
