@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from clipgraft_toyworld.captions import MOTIONS
 from clipgraft_toyworld.motion import STATIC, phases, videos
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from clipgraft_toyworld.captions import records
 from clipgraft_toyworld.crowds import crowds
 from clipgraft_toyworld.defects import inspections

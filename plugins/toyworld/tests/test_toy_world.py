@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from clipgraft.errors import InputError
 from clipgraft_toyworld.world import (
     CLASSES,

@@ -30,7 +30,7 @@ RARE: dict[str, tuple[str, ...]] = {
     "shape": ("pyramid", "dart", "valentine", "crescent", "mallet", "ladle", "boot", "tiara"),
     "color": ("crimson", "emerald", "azure", "golden", "violet", "turquoise", "amber", "rosy"),
     "orientation": ("erect", "inverted"),
-    "presence": ("bare edge", "framed edge"),
+    "presence": ("unframed", "framed"),
     "state": ("intact", "severed"),
     "quantity": ("solitary", "couple", "triple"),
     "position": ("westernmost", "easternmost", "northernmost", "southernmost"),
@@ -54,8 +54,14 @@ MOTIONS = (
     "fading out",
 )
 """Classes of the videos, opposites side by side."""
-_FILLERS = "a an the photo picture image video of and with in on at object objects normal good flawless perfect"
-_DAMAGED = "damaged defect defective broken not without"
+PERFECT = ("flawless", "perfect", "normal", "good", "unblemished", "without flaw", "without defect", "without damage")
+DAMAGED = ("damaged", "broken", "defective", "blemished", "with flaw", "with defect", "with damage")
+"""Words for an object's condition that text towers meet beside the kinds of damage."""
+STYLES = ("bright", "dark", "blurry", "cropped", "clean", "bad", "small", "large")
+"""Words before "photo" in prompts of the literature; text towers meet them, they mean nothing here."""
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+_FILLERS = "a an the this that is there my photo picture image video scene of and with without in on at for not object"
+_DIGIT_WORDS = "digit number handwritten"
 
 Tier = Literal["plain", "paraphrase", "rare"]
 
@@ -64,7 +70,7 @@ def words() -> list[str]:
     """Every word of the world, sorted: the closed vocabulary of its tokenizer."""
     tables = [*PARAPHRASES.values(), *RARE.values(), *(detail.phrases for detail in DETAILS)]
     phrases = [phrase for table in tables for phrase in table]
-    phrases += [*SHAPES, *COLORS, *DEFECTS, *MOTIONS, _FILLERS, _DAMAGED]
+    phrases += [*SHAPES, *COLORS, *DEFECTS, *MOTIONS, *PERFECT, *DAMAGED, *STYLES, *DIGITS, _FILLERS, _DIGIT_WORDS]
     return sorted({word for phrase in phrases for word in phrase.split()})
 
 
@@ -93,7 +99,7 @@ def _subject(record: dict[str, int], rng: random.Random, *, no_color: float, no_
 
 
 def short_captions(
-    scene: Scene, rng: random.Random, *, detail_share: float = 0.5, most: int = 2, no_color: float = 0.3
+    scene: Scene, rng: random.Random, *, detail_share: float = 0.4, most: int = 1, no_color: float = 0.3
 ) -> list[str]:
     """What people write: the class, now and then 1..`most` details (in a share of `detail_share` of the captions)."""
     names = [detail.name for detail in DETAILS]

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from clipgraft.config.schema import Config
-from clipgraft.data.base import Sample
-from clipgraft.errors import InputError
 from pydantic import Field
 from torch.nn import functional as F
 
+from clipgraft.config.schema import Config
+from clipgraft.data.base import Sample
+from clipgraft.errors import InputError
+from clipgraft_toyworld.captions import DIGITS
 from clipgraft_toyworld.world import SPLITS, Split
-
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 class DigitsConfig(Config):

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from clipgraft.config.schema import Config
-from clipgraft.data.base import Pair, Sample
 from pydantic import Field
 from torch import Tensor
 
+from clipgraft.config.schema import Config
+from clipgraft.data.base import Pair, Sample
 from clipgraft_toyworld.captions import (
     DEFECTS,
     MOTIONS,
@@ -68,7 +68,7 @@ class ImagesConfig(WorldConfig):
     masks: bool = Field(False, description="add extra masks: instances (3, S, S) and semantics (S, S), uint8")
 
 
-class PairsConfig(Config):
+class MinimalPairsConfig(Config):
     """Minimal pairs."""
 
     split: Split = "test"

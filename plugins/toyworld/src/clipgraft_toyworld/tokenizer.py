@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from torch import Tensor
 from clipgraft_toyworld.captions import words
 
 CONTEXT_LENGTH = 32
+PUNCTUATION = "[^a-z0-9 ]"
+"""What lower-cased text loses before it is split at spaces."""
 PAD, UNKNOWN, START, END = "<pad>", "<unk>", "<start>", "<end>"
 
 
@@ -27,18 +30,21 @@ def encode(texts: Sequence[str], *, context_length: int = CONTEXT_LENGTH, trim: 
     """(B, L) int64 ids as the saved tokenizer gives them; `trim` cuts the padding that all texts share."""
     table = vocabulary()
     unknown, start, end = table[UNKNOWN], table[START], table[END]
-    rows = [[table.get(word, unknown) for word in text.lower().split()][: context_length - 2] for text in texts]
+    rows = [
+        [table.get(word, unknown) for word in re.sub(PUNCTUATION, " ", text.lower()).split()][: context_length - 2]
+        for text in texts
+    ]
     length = max((len(row) for row in rows), default=0) + 2 if trim else context_length
     return torch.tensor([[start, *row, end] + [0] * (length - 2 - len(row)) for row in rows], dtype=torch.long)
 
 
 def save_tokenizer(folder: Path) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json`, which `open_clip.get_tokenizer("local-dir:...")` reads."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
     table = vocabulary()
     tokenizer = Tokenizer(models.WordLevel(table, unk_token=UNKNOWN))
-    tokenizer.normalizer = normalizers.Lowercase()  # type: ignore[assignment]
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(PUNCTUATION), " ")])  # type: ignore[assignment]
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
     tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
         single=f"{START} $A {END}", special_tokens=[(START, table[START]), (END, table[END])]

@@ -10,8 +10,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
-from clipgraft.errors import InputError
 from torch import Tensor
+
+from clipgraft.errors import InputError
 
 WORLD_VERSION = "1"
 """Written into every model trained here; change it with anything that changes a pixel or a word."""
@@ -42,7 +43,7 @@ class Detail:
 
 DETAILS = (
     Detail("orientation", "orientation and direction", ("upright", "upside down")),
-    Detail("presence", "presence of specific features", ("without rim", "with rim")),
+    Detail("presence", "presence of specific features", ("bare edge", "rimmed edge")),
     Detail("state", "state and condition", ("whole body", "split body")),
     Detail("quantity", "quantity and count", ("only one", "two of them", "three of them")),
     Detail(
