@@ -99,7 +99,8 @@ def main(args: list[str] | None = None) -> None:
         if not hasattr(error, "format_message"):
             code = _failed(f"{one_line(error)}; run again with --debug for the traceback", 1, debug)
         elif message := error.format_message():  # wrong usage, from Typer's vendored click
-            code = _failed(f"{message} See {getattr(error.ctx, 'command_path', 'clipgraft')} --help", 2, debug)
+            place = getattr(getattr(error, "ctx", None), "command_path", "clipgraft")
+            code = _failed(f"{message} See {place} --help", 2, debug)
         else:  # a group without a command: its help was printed
             code = 2
     raise SystemExit(code if isinstance(code, int) else 0)

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import PydanticUndefined, to_jsonable_python
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from clipgraft.config.schema import Node
 
@@ -35,13 +34,13 @@ def describe(cls: type[BaseModel]) -> list[Row]:
 def _rows(cls: type[BaseModel], prefix: str, values: BaseModel | None) -> Iterator[Row]:
     for name, info in cls.model_fields.items():
         key, inner = f"{prefix}{info.alias or name}", _bare(info.annotation)
-        default = getattr(values, name) if values else info.get_default(call_default_factory=True)
+        required = info.is_required() and values is None
+        default = None if required else getattr(values, name) if values else info.get_default(call_default_factory=True)
         if _is_model(inner) and not issubclass(inner, Node):
             yield from _rows(inner, f"{key}.", default if isinstance(default, BaseModel) else None)
             continue
         text, unit = re.fullmatch(r"(.*?)\s*(?:\[([^]]+)\])?", info.description or "", re.DOTALL).groups()  # type: ignore[union-attr]
-        required = default is PydanticUndefined
-        shown = None if required else to_jsonable_python(default)
+        shown = TypeAdapter(Any).dump_python(default, mode="json")
         yield Row(key, type_name(info.annotation), shown, required, unit or "", text)
 
 
