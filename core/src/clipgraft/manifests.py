@@ -63,7 +63,7 @@ class Registered:
 class HookManager(pluggy.PluginManager):
     """A plugin manager for the hooks of ``specs``, whose names start with ``prefixes``."""
 
-    def __init__(self, project: str, specs: object, prefixes: tuple[str, ...]) -> None:
+    def __init__(self, project: str, specs: ModuleType | type, prefixes: tuple[str, ...]) -> None:
         super().__init__(project)
         self.prefixes = prefixes
         self.add_hookspecs(specs)
