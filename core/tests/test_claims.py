@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +16,7 @@ from clipgraft.cli import main
 from clipgraft.cli.claims import identity as command_identity
 from clipgraft.cli.claims import run_in_subprocess
 from clipgraft.errors import ClipgraftError, InputError
-from clipgraft.registry import Registry, use
+from clipgraft.registry import PluginInfo, Registry, use
 
 PAIRS, ZERO = "core/pairs.mean", "core/zero-shot.top1"
 
@@ -359,3 +361,34 @@ def test_without_their_plugins_demo_and_report_say_what_to_install(
             main(words)
         error = capsys.readouterr().err
         assert ended.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_the_demo_measures_runs_and_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_recipe(recipe: str, *, out: Path) -> SimpleNamespace:
+        assert recipe == "diffusion/genhancer:tiny"
+        out.mkdir()
+        measured = {"before": {"core/pairs": {"mean": 0.2}}, "after": {"core/pairs": {"mean": 0.3, "skipped": 1.0}}}
+        (out / "evaluations.json").write_text(json.dumps(measured))
+        return SimpleNamespace(run=out, export=out / "export")
+
+    engine = SimpleNamespace(write_report=lambda run: run / "report.html")
+    monkeypatch.setitem(sys.modules, "clipgraft_evaluation", SimpleNamespace(report=engine))
+    monkeypatch.setitem(sys.modules, "clipgraft_evaluation.report", engine)
+    monkeypatch.setattr("clipgraft.run.run_recipe", run_recipe)
+    registry = Registry.discover(allow=())
+    names = ("toyworld", "diffusion", "evaluation")
+    registry.plugins = [p for p in registry.plugins if p.name not in names]
+    registry.plugins += [PluginInfo(name, f"clipgraft-{name}") for name in names]
+    streams = []
+    for words in (["--json", "--out", str(tmp_path / "a")], ["--out", str(tmp_path / "b")]):
+        with use(registry), pytest.raises(SystemExit) as ended:
+            main(["demo", *words])
+        assert ended.value.code == 0
+        streams.append(capsys.readouterr().out)
+    found = json.loads(streams[0])
+    assert list(found) == ["before", "after", "export", "report", "seconds"] and found["seconds"] >= 0
+    assert found["before"] == {"core/pairs.mean": 0.2} and found["after"]["core/pairs.mean"] == 0.3
+    assert found["export"] == str(tmp_path / "a" / "export") and found["report"] == str(tmp_path / "a" / "report.html")
+    assert "0.2000 │ 0.3000 │    +0.1000" in streams[1] and f"report  {tmp_path / 'b' / 'report.html'}" in streams[1]

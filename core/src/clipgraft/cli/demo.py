@@ -15,7 +15,6 @@ from clipgraft.errors import InputError
 from clipgraft.registry import current
 
 RECIPE = "diffusion/genhancer:tiny"
-PLUGINS = ("toyworld", "diffusion", "evaluation")
 
 
 def demo(
@@ -24,7 +23,7 @@ def demo(
 ) -> None:
     """Improve a tiny CLIP, measure it before and after, write a report."""
     began, status = time.monotonic(), {plugin.name: plugin.status for plugin in current().plugins}
-    if idle := [name for name in PLUGINS if status.get(name) != "ok"]:
+    if idle := [name for name in ("toyworld", "diffusion", "evaluation") if status.get(name) != "ok"]:
         states = ", ".join(f"{name} ({status.get(name, 'not installed')})" for name in idle)
         packages = " ".join(f"clipgraft-{name}" for name in idle)
         raise InputError(f'the demo needs {states}: pip install {packages}, or in a checkout pip install ".[all]"')
@@ -46,6 +45,7 @@ def demo(
     for column in ("before", "after", "difference"):
         table.add_column(column, justify="right")
     for metric, value in after.items():
-        table.add_row(metric, f"{before[metric]:.4f}", f"{value:.4f}", f"{value - before[metric]:+.4f}")
+        then = before.get(metric, float("nan"))  # "skipped" samples are a metric only where there are some
+        table.add_row(metric, f"{then:.4f}", f"{value:.4f}", f"{value - then:+.4f}")
     Console(highlight=False).print(table)
     print(f"model   {result.export}\nreport  {page}")

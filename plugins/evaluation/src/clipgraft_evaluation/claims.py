@@ -21,6 +21,7 @@ def claim_plot(verdict: Verdict, out: Path) -> Path:
         needed = [_mean(verdict, g.over, metric) + g.at_least for g in claim.gains if g.metric == metric]
         needed += [k.share * _mean(verdict, "before", metric) for k in claim.kept if k.metric == metric]
         axis.axvline(max(needed), color=INK, linestyle=(0, (4, 3)), linewidth=1.2)
+        axis.text(max(needed), len(arms) - 0.5, " needed", va="top", fontsize=8, color=INK)
         head(axis, metric)
         axis.margins(x=0.12)
     for axis in axes[1:]:
