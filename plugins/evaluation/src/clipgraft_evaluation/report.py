@@ -79,7 +79,7 @@ def write_report(run_dir: Path | str, out: Path | str | None = None) -> Path:
         gallery=gallery,
         patches=patches,
         facts=list(_facts(run.environment)),
-        files=_files(run.path, besides=path),
+        files=_files(run.path),
         listed=LISTED_FILES,
         missing=missing,
     )
@@ -202,7 +202,7 @@ def _facts(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
             yield f"{prefix}{key}", str(value)
 
 
-def _files(path: Path, *, besides: Path) -> list[tuple[str, int]]:
-    """Files of the run with their sizes [bytes], without resume states and the report itself."""
-    found = [p for p in sorted(path.rglob("*")) if p.is_file() and p != besides and "state" not in p.parts]
-    return [(p.relative_to(path).as_posix(), p.stat().st_size) for p in found]
+def _files(path: Path) -> list[tuple[str, int]]:
+    """Files of the run with their sizes [bytes], without resume states and reports."""
+    found = [p.relative_to(path) for p in sorted(path.rglob("*")) if p.is_file()]
+    return [(p.as_posix(), (path / p).stat().st_size) for p in found if "state" not in p.parts and p.suffix != ".html"]
