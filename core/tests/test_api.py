@@ -1,0 +1,44 @@
+"""The Python API: few names, lazy, and ``clipgraft.run`` that is a module and can be called."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import clipgraft
+from clipgraft.registry import Registry, use
+
+
+def test_the_api_is_short_and_every_name_resolves() -> None:
+    assert len(clipgraft.__all__) <= 25 and len(set(clipgraft.__all__)) == len(clipgraft.__all__)
+    for name in clipgraft.__all__:
+        assert getattr(clipgraft, name) is not None
+    assert set(clipgraft._SOURCES) == set(clipgraft.__all__) - {"__version__", "plugins"}
+    with pytest.raises(AttributeError, match="no attribute 'absent'"):
+        clipgraft.absent  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_type_checkers_see_the_same_names() -> None:
+    (block,) = [
+        node for node in ast.parse(Path(clipgraft.__file__).read_text("utf-8")).body if isinstance(node, ast.If)
+    ]
+    seen = {
+        (a.asname or a.name): node.module for node in block.body if isinstance(node, ast.ImportFrom) for a in node.names
+    }
+    assert {name: seen[name] for name in clipgraft._SOURCES} == clipgraft._SOURCES
+
+
+def test_run_is_a_module_and_a_function_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("clipgraft.run")
+    monkeypatch.setattr("clipgraft.run.run_recipe", lambda recipe, **settings: (recipe, settings))
+    run: Any = clipgraft.run
+    assert run is module and run("core/finetune", seed=3) == ("core/finetune", {"seed": 3})
+
+
+def test_plugins_are_those_of_the_current_registry() -> None:
+    with use(Registry.discover(allow=[])) as registry:
+        assert clipgraft.plugins() is registry.plugins
