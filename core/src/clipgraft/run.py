@@ -234,6 +234,7 @@ class Run:
                 for name, module in result.components.items():
                     files.write_tensors(new / f"{name}.safetensors", module.state_dict())
                 files.write_json(new / "metrics.json", dict(result.metrics))
+                files.write_json(new / "components.json", {k: m.registered for k, m in shipped(result).items()})
                 if result.encoder is not None:
                     write_export(result.encoder, new / "encoder", lineage=self.lineage())
             import shutil
@@ -242,6 +243,16 @@ class Run:
         distributed.barrier()
         if result.encoder is not None:
             self._encoder = self.open_encoder(str(folder / "encoder"))
+
+    def left_by(self, name: str) -> StageResult:
+        """What a stage that ended in an earlier process left: its encoder and the components that ship."""
+        folder = self.stage_folder(name) / "result"
+        modules = {}
+        for key, (registered, settings) in json.loads((folder / "components.json").read_text("utf-8")).items():
+            modules[key] = self.registry.build("head", registered, settings)
+            modules[key].load_state_dict(load_file(folder / f"{key}.safetensors"))
+        encoder = folder / "encoder"
+        return StageResult(self.open_encoder(str(encoder)) if encoder.exists() else None, modules)
 
     def lineage(self) -> list[dict[str, Any]]:
         """What this run adds to the encoder's own lineage; nothing once a stage of it has written the encoder."""
@@ -254,6 +265,11 @@ class Run:
         """Write status.json."""
         if self.is_main:
             files.write_json(self.path / "status.json", {"recipe": self.recipe.name, "status": status, **more})
+
+
+def shipped(result: StageResult) -> dict[str, Any]:
+    """The components that belong into the export: those that say in ``registered`` = (name, config) who rebuilds them."""
+    return {name: module for name, module in result.components.items() if hasattr(module, "registered")}
 
 
 def flat(evaluations: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -322,7 +338,7 @@ def _execute(run: Run, recipe: Recipe) -> Result:
             run.measure("before")
             left: dict[str, torch.nn.Module] = {}
             for plan in stages:
-                left = dict(_run_stage(run, plan).components) or left
+                left |= shipped(_run_stage(run, plan))
             metrics = run.measure("after")
             export = run.path / "export"
             if run.is_main:
@@ -348,10 +364,9 @@ def _run_stage(run: Run, plan: StagePlan) -> StageResult:
     """Build and run one stage, or take up what it left when it ended in an earlier process."""
     if run.finished(plan.name):
         run.log.info(f"{plan.name}: already done")
-        folder = run.stage_folder(plan.name) / "result" / "encoder"
-        if folder.exists():
-            run.encoder = run.open_encoder(str(folder))
-        return StageResult()
+        result = run.left_by(plan.name)
+        run.encoder = result.encoder or run.encoder
+        return result
     run.seed_stage(plan.name)
     stage = plan.build(run)
     run.hooks.call("on_stage_start", run=run, stage=stage)
