@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+
 from clipgraft.errors import InputError
 from clipgraft_toyworld.measure import album, measure, pair_outcomes, ridge_probe, statements
 from clipgraft_toyworld.models import MODELS, folder, manifest, models_folder
@@ -85,11 +86,17 @@ def test_the_bases_differ_in_both_towers() -> None:
 def test_statistics_of_the_measures() -> None:
     features = torch.randn(600, 8, generator=torch.Generator().manual_seed(0))
     labels = (features[:, 2] > 0).long()
-    assert ridge_probe(features[:400], labels[:400], features[400:], labels[400:]) > 0.9
+    noise = torch.randint(2, (600,), generator=torch.Generator().manual_seed(1))
+    labels, truth = ({"sign": labels[rows], "noise": noise[rows]} for rows in (slice(0, 400), slice(400, 600)))
+    found = ridge_probe(features[:400], features[400:], labels=labels, truth=truth)
+    assert found["sign"] > 0.9 and 0.35 < found["noise"] < 0.65
     pairs = minimal_pairs("tune", per_pattern=8, size=32)
     table = statements(load_clip(folder("clip-0")))
     first = torch.stack(
-        [table.details[name][pairs.first_scene.coarse()[i], pairs.first_scene.value(name)[i]] for i, name in told(pairs)]
+        [
+            table.details[name][pairs.first_scene.coarse()[i], pairs.first_scene.value(name)[i]]
+            for i, name in told(pairs)
+        ]
     )
     second = torch.stack(
         [
@@ -144,7 +151,9 @@ def test_transformers_opens_the_text_teacher() -> None:
     ours = load_text_teacher(folder("text-teacher"))
     with torch.no_grad():
         mean = model(input_ids=ids).last_hidden_state.mean(1)
-        assert torch.allclose(torch.nn.functional.normalize(mean, dim=-1), understand(ours, ["a crimson ladle"]), atol=1e-5)
+        assert torch.allclose(
+            torch.nn.functional.normalize(mean, dim=-1), understand(ours, ["a crimson ladle"]), atol=1e-5
+        )
     assert measure_text_teacher(ours, n=200)["reworded_to_plain"] > 0.5
 
 

@@ -16,10 +16,8 @@ from clipgraft_toyworld.render import render
 from clipgraft_toyworld.towers import IMAGE_SIZE, read_all, see_all
 from clipgraft_toyworld.world import (
     BLOCK,
-    COLORS,
     DETAILS,
     SHAPES,
-    SIZES,
     Scene,
     Split,
     class_names,
@@ -93,8 +91,10 @@ def pair_outcomes(first: Tensor, second: Tensor, pairs: Pairs, table: Statements
     return outcome
 
 
-def ridge_probe(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, *, penalty: float = 1e-2) -> float:
-    """Accuracy of a ridge classifier from features (n, F) to labels (n,)."""
+def ridge_probe(
+    train: Tensor, test: Tensor, *, labels: dict[str, Tensor], truth: dict[str, Tensor], penalty: float = 1e-2
+) -> dict[str, float]:
+    """Accuracy of ridge classifiers from features (n, F) to several labels (n,), all solved at once."""
     mean, std = train.mean(0), train.std(0) + 1e-6
 
     def design(features: Tensor) -> Tensor:
@@ -102,8 +102,12 @@ def ridge_probe(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, *, p
 
     x = design(train)
     gram = x.T @ x + penalty * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
-    weights = torch.linalg.solve(gram, x.T @ F.one_hot(labels).double())
-    return ((design(test) @ weights).argmax(1) == truth).double().mean().item()
+    hot = [F.one_hot(values).double() for values in labels.values()]
+    scores = (design(test) @ torch.linalg.solve(gram, x.T @ torch.cat(hot, 1))).split([h.shape[1] for h in hot], 1)
+    return {
+        name: (score.argmax(1) == truth[name]).double().mean().item()
+        for name, score in zip(labels, scores, strict=True)
+    }
 
 
 @functools.cache
@@ -126,10 +130,11 @@ def measure(
     result = _scores(seen.pooled, first, second, exam, pairs, table)
     if probes:
         known = see_all(clip, lesson.pixels)
-        for name in (detail.name for detail in DETAILS):
-            labels, truth = lesson.scene.value(name), exam.scene.value(name)
-            result[f"probe/{name}"] = ridge_probe(known.pooled, labels, seen.pooled, truth)
-            result[f"tokens/{name}"] = ridge_probe(known.tokens.flatten(1), labels, seen.tokens.flatten(1), truth)
+        labels, truth = ({d.name: book.scene.value(d.name) for d in DETAILS} for book in (lesson, exam))
+        pooled = ridge_probe(known.pooled, seen.pooled, labels=labels, truth=truth)
+        tokens = ridge_probe(known.tokens.flatten(1), seen.tokens.flatten(1), labels=labels, truth=truth)
+        for name in labels:
+            result[f"probe/{name}"], result[f"tokens/{name}"] = pooled[name], tokens[name]
         result["probe"] = _mean(result, "probe/")
         result["tokens"] = _mean(result, "tokens/")
     return result
@@ -175,7 +180,3 @@ def _share(hits: Tensor) -> float:
 def _mean(result: dict[str, float], prefix: str) -> float:
     values = [value for key, value in result.items() if key.startswith(prefix)]
     return sum(values) / len(values)
-
-
-CHANCE_DETAIL = sum(1 / SIZES[detail.name] for detail in DETAILS) / len(DETAILS)
-assert len(COLORS) * len(SHAPES) == len(class_names())

@@ -22,6 +22,11 @@ from clipgraft_toyworld.world import DETAILS, SIZES, Scene
 SIGHT_STEPS, SIGHT_BATCH = 800, 64
 LAZY_STEPS, LAZY_BATCH = 150, 128
 TEACHER_STEPS, TEACHER_BATCH = 600, 64
+ALIGN = 12.0
+"""Weight of the distance to the caption in the lazy phase: what captions don't tell apart moves together, so that most
+
+minimal pairs come closer than .95 as in real CLIP (without it .6 of them, and zero-shot .09 higher).
+"""
 
 
 class TokenReader(nn.Module):
@@ -88,7 +93,8 @@ def train_lazy(clip: nn.Module, reader: TokenReader, pool: Album, *, seed: int, 
         scene, out = pool.scene[rows], see(clip, pool.pixels[rows])
         told = read_all(clip, short_captions(scene, rng))
         kept = attribute_loss(reader(out.tokens, pool.coverage[rows]), scene)
-        optimizer.update(contrast(out.pooled, told, SCALE) + kept)
+        near = (1 - (out.pooled * told).sum(1)).mean()
+        optimizer.update(contrast(out.pooled, told, SCALE) + ALIGN * near + kept)
 
 
 def train_teacher(clip: nn.Module, pool: Album, *, seed: int, steps: int = TEACHER_STEPS) -> None:
