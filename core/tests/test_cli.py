@@ -13,7 +13,7 @@ import pytest
 
 from clipgraft.cli import main
 from clipgraft.errors import ClipgraftError, Interrupted
-from clipgraft.registry import Registry, use
+from clipgraft.registry import KNOWN_PLUGINS, Registry, use
 
 
 @dataclass
@@ -37,6 +37,7 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     """Runs ``clipgraft ARGS`` with the core's components alone."""
     monkeypatch.setenv("CLIPGRAFT_PLUGINS", "")
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setitem(KNOWN_PLUGINS, "sampleknown", "famous")
 
     def call(*args: object) -> Outcome:
         with pytest.raises(SystemExit) as ended:
@@ -118,7 +119,7 @@ def test_errors_are_one_line_and_an_exit_code(cli: Cli, plugin: Path) -> None:
         (["--plugin", "absent.py", "list", "losses"], "--plugin absent.py: no such file"),
         (["list", "lossses"], "unknown kind 'lossses'; did you mean losses"),
         (["show", "lorra"], "unknown name 'lorra'; did you mean core/lora"),
-        (["show", "genhancer"], "pip install clipgraft-diffusion"),
+        (["show", "famous"], "pip install clipgraft-sampleknown"),
         (["plugins", "show", "absent"], "unknown plugin 'absent'"),
         (["run"], "name a recipe"),
         (["run", "finetune", "--resume", "x"], "knows its recipe"),

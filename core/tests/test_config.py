@@ -16,7 +16,7 @@ from clipgraft.config.describe import describe
 from clipgraft.config.load import assign, dump_yaml, gather, load_recipe, load_run, merge, parse_yaml, validate
 from clipgraft.config.schema import Config, GraftRef, LossRef, RunConfig, TrainConfig
 from clipgraft.errors import InputError, PluginError
-from clipgraft.registry import Registry
+from clipgraft.registry import KNOWN_PLUGINS, Registry
 
 PACKAGE = "clipgraft_sampleconfig"
 FILES = {
@@ -78,6 +78,7 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: clipgraft-sampleconfig\nVersion: 1\n")
     (info / "entry_points.txt").write_text(f"[clipgraft.v1]\nsampleconfig = {PACKAGE}.plugin\n")
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.setitem(KNOWN_PLUGINS, "sampleknown", "")
     for module in [m for m in sys.modules if m.startswith(PACKAGE)]:
         del sys.modules[module]
     return Registry.discover(allow=["sampleconfig"], strict=True)
@@ -241,7 +242,7 @@ def test_nodes_get_full_names_and_all_settings(registry: Registry) -> None:
     ("overrides", "message"),
     [
         (["losses=[pul]"], r"losses\.0: unknown loss 'pul'; did you mean pull\?"),
-        (["losses=[video/x]"], r"losses\.0: .*pip install clipgraft-video"),
+        (["losses=[sampleknown/x]"], r"losses\.0: .*pip install clipgraft-sampleknown"),
         (["losses=[{use: pull, strngth: 1}]"], r"unknown key losses\.0\.strngth; did you mean losses\.0\.strength\?"),
         (["losses=[{use: pull, strength: -1}]"], r"losses\.0\.strength must be greater than 0, got -1"),
         (["named={q: {use: pull, layers: x}}"], r"named\.q\.layers must be a list, got 'x'"),

@@ -10,7 +10,7 @@ from textwrap import dedent
 import pytest
 
 from clipgraft.errors import ClipgraftError, InputError, PluginError
-from clipgraft.registry import PluginInfo, Registry, current, unmet, use
+from clipgraft.registry import KNOWN_PLUGINS, PluginInfo, Registry, current, unmet, use
 
 COUNT = itertools.count()
 
@@ -178,20 +178,22 @@ def test_an_allowlist_that_names_nothing_installed_says_so(
     assert "names 'absent', which is not installed" in capsys.readouterr().err
 
 
-def test_names(packages: Packages) -> None:
+def test_names(packages: Packages, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KNOWN_PLUGINS, "absentone", "")
+    monkeypatch.setitem(KNOWN_PLUGINS, "brokenone", "famous")
     packages.add("one", offering("datasets", *(f"Component(name={n!r}, target='x:A')" for n in ("tiny", "shared"))))
     packages.add("two", offering("datasets", "Component(name='shared', target='x:A')"))
-    packages.add("diffusion", "raise ValueError")
+    packages.add("brokenone", "raise ValueError")
     registry = packages.found()
     assert registry.get("dataset", "tiny").name == registry.get("dataset", "one/tiny").name == "one/tiny"
     with pytest.raises(InputError, match="ambiguous; write one of one/shared, two/shared"):
         registry.get("dataset", "shared")
     with pytest.raises(InputError, match=r"unknown dataset 'tinny'; did you mean tiny\?"):
         registry.get("dataset", "tinny")
-    with pytest.raises(InputError, match=r"pip install clipgraft-video"):
-        registry.get("dataset", "video/clips")
-    with pytest.raises(InputError, match=r"Plugin diffusion is broken: clipgraft plugins doctor diffusion"):
-        registry.get("recipe", "diva")
+    with pytest.raises(InputError, match=r"pip install clipgraft-absentone"):
+        registry.get("dataset", "absentone/clips")
+    with pytest.raises(InputError, match=r"Plugin brokenone is broken: clipgraft plugins doctor brokenone"):
+        registry.get("recipe", "famous")
     with pytest.raises(InputError, match="unknown kind 'datasets'; did you mean dataset"):
         registry.list("datasets")  # type: ignore[arg-type]
 
