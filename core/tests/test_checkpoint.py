@@ -11,6 +11,9 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import nn
+
 from clipgraft import checkpoint
 from clipgraft.checkpoint import atomic_folder, open_export, read_component, read_manifest, write_export
 from clipgraft.config.schema import GraftNode
@@ -19,8 +22,6 @@ from clipgraft.encoders.base import AppliedGraft, Encoder
 from clipgraft.errors import ClipgraftError, InputError
 from clipgraft.registry import Registry
 from clipgraft.testing.tiny import tiny_clip
-from safetensors.torch import load_file
-from torch import nn
 
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 TEXTS = ["a photo of a red circle", "zebra"]
@@ -117,7 +118,11 @@ def test_components(tmp_path: Path, registry: Registry) -> None:
     manifest = read_manifest(tmp_path / "export")
     assert manifest["level"] == "L1"
     probe, temporal = manifest["components"]
-    assert probe["use"] == "core/linear-probe" and probe["config"] == {"classes": 2} and probe["distribution"] == "clipgraft"
+    assert (
+        probe["use"] == "core/linear-probe"
+        and probe["config"] == {"classes": 2}
+        and probe["distribution"] == "clipgraft"
+    )
     assert temporal["file"] == "temporal.safetensors"
     assert torch.equal(read_component(tmp_path / "export", "probe")["weight"], head.weight)
     with pytest.raises(InputError, match="has no component 'prob'; it has probe, temporal"):
@@ -162,13 +167,13 @@ class ShiftGraft:
         return encoder
 
 
-PLUGIN = '''
+PLUGIN = """
 from clipgraft.spec import Component, hookimpl
 
 @hookimpl
 def clipgraft_grafts():
     return [Component(name="shift", target="{module}:ShiftGraft", config="{module}:ShiftConfig")]
-'''
+"""
 
 
 def test_grafts_that_cannot_be_merged_are_applied_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,11 +183,16 @@ def test_grafts_that_cannot_be_merged_are_applied_again(tmp_path: Path, monkeypa
     from clipgraft.config.schema import Config
 
     module = types.ModuleType("shifting")
-    module.ShiftGraft, module.ShiftConfig = ShiftGraft, type("ShiftConfig", (Config,), {"__annotations__": {"scale": float}})
+    module.ShiftGraft, module.ShiftConfig = (
+        ShiftGraft,
+        type("ShiftConfig", (Config,), {"__annotations__": {"scale": float}}),
+    )
     monkeypatch.setitem(sys.modules, "shifting", module)
     (tmp_path / "shifty.py").write_text(PLUGIN.format(module="shifting"))
     registry = Registry.discover(allow=(), files=[tmp_path / "shifty.py"])
-    encoder = apply_grafts(tiny_clip(), [GraftNode(use="core/lora", rank=1), GraftNode(use="shift", scale=2.0)], registry)
+    encoder = apply_grafts(
+        tiny_clip(), [GraftNode(use="core/lora", rank=1), GraftNode(use="shift", scale=2.0)], registry
+    )
     nn.init.normal_(encoder.image.shift)
     write_export(encoder, tmp_path / "export")
     manifest = read_manifest(tmp_path / "export")

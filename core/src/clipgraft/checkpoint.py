@@ -8,7 +8,6 @@ that open_clip can't hold, kept under our own tensor names in ``encoder.safetens
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgraft.errors import ClipgraftError, InputError
+from clipgraft.files import sha256_of, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -29,15 +29,7 @@ if TYPE_CHECKING:
     from clipgraft.registry import Registry
 
 SCHEMA = 1
-MANIFEST, CONFIG, WEIGHTS, OWN_WEIGHTS, CARD = (
-    "clipgraft.json", "open_clip_config.json", "open_clip_model.safetensors", "encoder.safetensors", "README.md"
-)  # fmt: skip
-
-
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+MANIFEST, CARD, OWN_WEIGHTS = "clipgraft.json", "README.md", "encoder.safetensors"
 
 
 def _sync(path: Path) -> None:
@@ -51,7 +43,10 @@ def _sync(path: Path) -> None:
 
 def _settle(target: Path) -> None:
     """Clean up after writers that died: put a half-replaced folder back, remove drafts."""
-    for left in [f for kind in ("old", "new") for f in target.parent.glob(f".{target.name}.{kind}-*") if not _alive(f)]:
+    left_over = [*target.parent.glob(f".{target.name}.old-*"), *target.parent.glob(f".{target.name}.new-*")]
+    for left in left_over:
+        if _alive(left):
+            continue
         if ".old-" in left.name and not target.exists():
             left.rename(target)
         else:
@@ -67,16 +62,6 @@ def _alive(path: Path) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def atomic_write(path: Path, content: str | bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never half of one."""
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.new-{os.getpid()}")
-    draft.write_bytes(content.encode() if isinstance(content, str) else content)
-    _sync(draft)
-    draft.replace(path)
-    _sync(path.parent)
 
 
 @contextmanager
@@ -128,96 +113,99 @@ def save_tensors(state: Mapping[str, Tensor], file: Path, *, dtype: torch.dtype 
 
 
 def _maker(name: str) -> dict[str, str]:
-    """Distribution and version of the plugin that a registered name belongs to, as far as it is installed."""
+    """Distribution and version of the plugin that a registered name belongs to."""
     from importlib.metadata import PackageNotFoundError, version
 
-    plugin = name.partition("/")[0]
-    distribution = "clipgraft" if plugin == "core" else f"clipgraft-{plugin}"
     from clipgraft.registry import current
 
-    distribution = next((p.distribution for p in current().plugins if p.name == plugin), distribution)
+    plugin = name.partition("/")[0]
+    usual = "clipgraft" if plugin == "core" else f"clipgraft-{plugin}"
+    distribution = next((p.distribution for p in current().plugins if p.name == plugin), usual)
     try:
         return {"distribution": distribution, "version": version(distribution)}
     except PackageNotFoundError:
         return {"distribution": distribution, "version": ""}
 
 
+def _component(name: str, module: nn.Module) -> dict[str, Any]:
+    """The manifest's record of a component."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", name) or name in ("encoder", "open_clip_model"):
+        raise InputError(f"a component can't be named {name!r}; use lower-case letters, digits, dots and hyphens")
+    use, config = getattr(module, "registered", ("", {}))
+    record: dict[str, Any] = {"name": name, "file": f"{name}.safetensors", "use": use, "config": config}
+    return record | (_maker(use) if use else {})
+
+
 def write_export(
     encoder: Encoder,
     folder: Path,
     *,
-    components: Mapping[str, nn.Module] = {},  # noqa: B006 - never changed
+    components: Mapping[str, nn.Module] = {},
     lineage: Sequence[dict[str, Any]] = (),
     card: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
     """Write ``encoder`` with adapters merged on a copy, ``components`` by name, and how it came to be.
 
-    A component that was built from the registry says so in ``registered`` = (name, config). ``card`` is the text of the
-    model card. ``dtype`` stores the encoder in another precision; it is read back as fp32.
+    A component that was built from the registry says so in its attribute ``registered`` = (name, config). ``card`` is
+    the text of the model card. ``dtype`` stores the encoder in another precision; it is read back as fp32.
     """
     from clipgraft.encoders import merge_grafts
-    from clipgraft.encoders.openclip import open_clip_state, why_not_open_clip
+    from clipgraft.encoders.openclip import CONFIG, WEIGHTS, open_clip_state, why_not_open_clip
 
+    records = [_component(name, module) for name, module in components.items()]
     history = [{"use": g.name, "config": g.config, "merged": g.portable, **_maker(g.name)} for g in encoder.data.grafts]
     if encoder.data.grafts:
-        memo = {id(g.graft): g.graft for g in encoder.data.grafts} | {id(encoder.data.tokenizer): encoder.data.tokenizer}
-        encoder = merge_grafts(copy.deepcopy(encoder, memo))
+        shared = [encoder.data.tokenizer, *(g.graft for g in encoder.data.grafts)]  # may be large, or hold other models
+        encoder = merge_grafts(copy.deepcopy(encoder, {id(x): x for x in shared}))
     data, reason = encoder.data, why_not_open_clip(encoder)
-    parts = [{"name": name, "file": f"{name}.safetensors", **_registered(module)} for name, module in components.items()]
-    if bad := [n for n in components if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", n) or n in ("encoder", "open_clip_model")]:
-        raise InputError(f"a component can't be named {bad[0]!r}; use lower-case letters, digits, dots and hyphens")
-    level = "L2" if reason else "L1" if parts else "L0"
+    weights, state = (OWN_WEIGHTS, encoder.state_dict()) if reason else (WEIGHTS, open_clip_state(encoder))
     preprocess = data.preprocess.as_dict()
+    manifest = {
+        "schema": SCHEMA,
+        "clipgraft": _maker("core")["version"],
+        "level": "L2" if reason else "L1" if records else "L0",
+        "reason": reason,
+        "encoder": {"uri": data.origin.uri, "architecture": data.origin.architecture, "weights": weights},
+        "model_config": data.model_config,
+        "preprocess": preprocess,
+        "tokenizer": "huggingface" if data.model_config.get("text_cfg", {}).get("hf_tokenizer_name") else "bpe",
+        "grafts": history,
+        "components": records,
+        "lineage": [*data.origin.lineage, *lineage],
+    }
     with atomic_folder(Path(folder), marker=MANIFEST) as draft:
-        if reason:
-            save_tensors(encoder.state_dict(), draft / OWN_WEIGHTS, dtype=dtype)
-        else:
-            save_tensors(open_clip_state(encoder), draft / WEIGHTS, dtype=dtype)
-            _write_json(draft / CONFIG, {"model_cfg": data.model_config, "preprocess_cfg": {**preprocess, "mode": "RGB"}})
+        save_tensors(state, draft / weights, dtype=dtype)
+        if not reason:
+            write_json(draft / CONFIG, {"model_cfg": data.model_config, "preprocess_cfg": preprocess | {"mode": "RGB"}})
         for name, module in components.items():
             save_tensors(module.state_dict(), draft / f"{name}.safetensors")
         if data.tokenizer is not None:
             data.tokenizer.save(str(draft))
-        weights = OWN_WEIGHTS if reason else WEIGHTS
-        manifest = {
-            "schema": SCHEMA, "clipgraft": _maker("core")["version"], "level": level, "reason": reason,
-            "encoder": {"uri": data.origin.uri, "architecture": data.origin.architecture, "weights": weights},
-            "model_config": data.model_config, "preprocess": preprocess,
-            "tokenizer": "huggingface" if data.model_config.get("text_cfg", {}).get("hf_tokenizer_name") else "bpe",
-            "grafts": history, "components": parts,
-            "lineage": [*data.origin.lineage, *lineage],
-        }  # fmt: skip
         (draft / CARD).write_text(card or _card(manifest), encoding="utf-8")
         files = {str(f.relative_to(draft)): f for f in sorted(draft.rglob("*")) if f.is_file()}
         hashes = {name: {"sha256": sha256_of(f), "bytes": f.stat().st_size} for name, f in files.items()}
-        _write_json(draft / MANIFEST, manifest | {"files": hashes})
+        write_json(draft / MANIFEST, manifest | {"files": hashes})
     return Path(folder)
 
 
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _registered(module: nn.Module) -> dict[str, Any]:
-    name, config = getattr(module, "registered", ("", {}))
-    return {"use": name, "config": config, **(_maker(name) if name else {})}
-
-
 def _card(manifest: Mapping[str, Any]) -> str:
-    """A model card from what is known; nothing is claimed that was not recorded."""
-    encoder, grafts = manifest["encoder"], ", ".join(g["use"] for g in manifest["grafts"]) or "none"
-    opened = "clipgraft.load(DIR)"
-    if not manifest["reason"]:
-        opened = 'open_clip.create_model_and_transforms("local-dir:DIR")` or `' + opened
-    steps = "".join(f"- {json.dumps(step)}\n" for step in manifest["lineage"]) or "- nothing recorded\n"
-    why = f" open_clip can't hold it: {manifest['reason']}." if manifest["reason"] else ""
-    return (
-        f"---\nlibrary_name: {'clipgraft' if why else 'open_clip'}\ntags: [clip, clipgraft]\n---\n\n"
-        f"# A CLIP from {encoder['uri']}\n\nArchitecture {encoder['architecture']}, portability {manifest['level']}.{why}\n"
-        f"Open it with `{opened}`.\n\nGrafts: {grafts}. Components: "
-        f"{', '.join(c['name'] for c in manifest['components']) or 'none'}.\n\n## How it came to be\n\n{steps}"
-    )
+    """A model card from what is recorded."""
+    encoder, reason = manifest["encoder"], manifest["reason"]
+    openers = [] if reason else ['`open_clip.create_model_and_transforms("local-dir:DIR")`']
+    steps = [f"- {json.dumps(step)}" for step in manifest["lineage"]]
+    lines = [
+        f"---\nlibrary_name: {'clipgraft' if reason else 'open_clip'}\ntags: [clip, clipgraft]\n---",
+        f"# A CLIP from {encoder['uri']}",
+        f"Architecture {encoder['architecture']}, portability {manifest['level']}. "
+        f"Open it with {' or '.join([*openers, '`clipgraft.load(DIR)`'])}.",
+        f"open_clip can't hold it: {reason}." if reason else "",
+        f"Grafts: {', '.join(g['use'] for g in manifest['grafts']) or 'none'}. "
+        f"Components: {', '.join(c['name'] for c in manifest['components']) or 'none'}.",
+        "## How it came to be",
+        "\n".join(steps) or "Nothing was recorded.",
+    ]
+    return "\n\n".join(line for line in lines if line) + "\n"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -9,13 +9,14 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from clipgraft.encoders import load, openclip
 from clipgraft.encoders.openclip import open_clip_state
 from clipgraft.encoders.tokenizers import BpeTokenizer, HuggingFaceTokenizer, tokenizer_for
 from clipgraft.errors import InputError
 from clipgraft.registry import Registry
 from clipgraft.testing.tiny import TinyTokenizer, tiny_clip
-from safetensors.torch import load_file, save_file
 
 CONFIG = {
     "embed_dim": 16,
@@ -150,7 +151,10 @@ def change(folder: Path, **keys: dict) -> None:
         ({"preprocess_cfg": {}}, r"declares no preprocess_cfg.mean"),
         ({"model_cfg__vision_cfg__image_size": 64}, r"hold 17 image positions, the declared image size needs 65"),
         ({"model_cfg__text_cfg__layers": 3}, r"text.transformer.resblocks.2.ln_1.weight is missing \(12 in all\)"),
-        ({"model_cfg__text_cfg__vocab_size": 99}, r"text.token_embedding.weight is \(49408, 32\) instead of \(99, 32\)"),
+        (
+            {"model_cfg__text_cfg__vocab_size": 99},
+            r"text.token_embedding.weight is \(49408, 32\) instead of \(99, 32\)",
+        ),
         ({"model_cfg__init_logit_bias": -10}, r"logit_bias is missing"),
         ({"model_cfg__multimodal_cfg": {"width": 32}}, r"CoCa"),
         ({"model_cfg__embed_dim": None}, r"no embed_dim"),
@@ -175,7 +179,10 @@ def test_random_architecture_has_open_clips_defaults() -> None:
     [
         ("open_clip:ViT-B-32/openai", r"with QuickGELU.* use open_clip:ViT-B-32-quickgelu/openai"),
         ("open_clip:ViT-B-31", r"unknown open_clip architecture 'ViT-B-31'; did you mean .*ViT-B-32"),
-        ("open_clip:ViT-B-32-quickgelu/opena", r"unknown weights tag of ViT-B-32-quickgelu 'opena'; did you mean openai"),
+        (
+            "open_clip:ViT-B-32-quickgelu/opena",
+            r"unknown weights tag of ViT-B-32-quickgelu 'opena'; did you mean openai",
+        ),
         ("open_clip:", "names nothing"),
         ("./nowhere", "nothing opens './nowhere'"),
         ("nobody/clip", "unknown encoder 'nobody/clip'"),
@@ -229,7 +236,9 @@ def test_hub_repository_from_the_offline_cache(folder: Path, tmp_path: Path, mon
 
 
 def test_foreign_folder(tmp_path: Path, registry: Registry) -> None:
-    with pytest.raises(InputError, match="expected a folder with clipgraft.json, open_clip_config.json or config.json"):
+    with pytest.raises(
+        InputError, match=r"expected a folder with clipgraft.json, open_clip_config.json or config.json"
+    ):
         load(str(tmp_path), registry=registry)
 
 

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn import functional as F
+
 from clipgraft.config.schema import GraftNode
 from clipgraft.encoders import apply_grafts, merge_grafts
 from clipgraft.encoders.base import Encoder, Origin
@@ -16,7 +18,6 @@ from clipgraft.encoders.openclip import build, open_clip_state
 from clipgraft.errors import InputError
 from clipgraft.registry import Registry
 from clipgraft.testing.tiny import tiny_clip
-from torch.nn import functional as F
 
 KINDS = ["vit", "custom-text", "siglip-timm"]
 ALL = ("q", "k", "v", "o", "mlp", "projection")
@@ -245,7 +246,10 @@ def test_resized_encoder_takes_the_new_size(kind: str, size: int | tuple[int, in
     assert found.tokens.shape[1] == h * w // 64 and found.grid == (h // 8, w // 8)
     assert not any(p.requires_grad for p in encoder.image.parameters())
     rebuilt = build(
-        encoder.data.model_config, open_clip_state(encoder), preprocess=encoder.preprocess.as_dict(), origin=Origin("t", "t")
+        encoder.data.model_config,
+        open_clip_state(encoder),
+        preprocess=encoder.preprocess.as_dict(),
+        origin=Origin("t", "t"),
     )
     assert rebuilt.preprocess.size == (h, w)
 

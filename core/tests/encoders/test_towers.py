@@ -9,12 +9,13 @@ import open_clip
 import pytest
 import timm
 import torch
+from open_clip.model import CLIP, CustomTextCLIP
+
 from clipgraft.encoders.base import Encoder, Origin
 from clipgraft.encoders.openclip import build, open_clip_state
 from clipgraft.errors import InputError
 from clipgraft.testing.tiny import tiny_clip
 from clipgraft.types import FeatureRequest
-from open_clip.model import CLIP, CustomTextCLIP
 
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 KINDS = ["vit", "custom-text", "siglip-timm"]
@@ -104,7 +105,9 @@ def test_resnet_tower() -> None:
 
 @torch.no_grad()
 def test_timm_trunk_with_prefix_tokens_inside_stock_open_clip() -> None:
-    encoder = build_random({"image_size": 160, "timm_model_name": "test_vit3", "timm_pool": "map", "timm_proj": "linear"})
+    encoder = build_random(
+        {"image_size": 160, "timm_model_name": "test_vit3", "timm_pool": "map", "timm_proj": "linear"}
+    )
     pixels = torch.randn(1, 3, 160, 160)
     found = encoder.image(pixels, FeatureRequest(tokens=True, layers=(-2,)))
     visual = stock(encoder).visual
@@ -117,7 +120,9 @@ def test_timm_trunk_with_prefix_tokens_inside_stock_open_clip() -> None:
 
 @torch.no_grad()
 def test_timm_convolutional_trunk() -> None:
-    encoder = build_random({"image_size": 96, "timm_model_name": "test_convnext", "timm_pool": "avg", "timm_proj": "linear"})
+    encoder = build_random(
+        {"image_size": 96, "timm_model_name": "test_convnext", "timm_pool": "avg", "timm_proj": "linear"}
+    )
     pixels = torch.randn(1, 3, 96, 96)
     found = encoder.image(pixels, FeatureRequest(tokens=True, layers=(-1,)))
     assert torch.equal(encoder.image(pixels).pooled, stock(encoder).visual(pixels))
@@ -188,7 +193,9 @@ def test_every_parameter_receives_a_gradient(tiny: Encoder) -> None:
 
 def test_towers_run_under_autocast(tiny: Encoder) -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        image, text = tiny(torch.randn(2, 3, 32, 32), tiny.tokenizer(["a cat", "a dog"]), FeatureRequest(tokens=True, layers=(0,)))
+        image, text = tiny(
+            torch.randn(2, 3, 32, 32), tiny.tokenizer(["a cat", "a dog"]), FeatureRequest(tokens=True, layers=(0,))
+        )
     with torch.no_grad():
         exact = tiny.eval()(None, tiny.tokenizer(["a cat", "a dog"]))[1]
     assert torch.cosine_similarity(text.pooled.float(), exact.pooled).min() > 0.99

@@ -37,10 +37,13 @@ class Preprocess:
 
 
 class Tokenizer(Protocol):
-    """Text to ids. ``context_length`` tokens at most; padding id is ``pad_id``."""
+    """Text to ids, ``context_length`` at most."""
 
     context_length: int
-    pad_id: int
+
+    @property
+    def pad_id(self) -> int:
+        """The id of padding; some tokenizers pad with their end token, so trim with ``TextEncoder.trim``."""
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """(B, context_length) int64, start and end tokens included, padded."""

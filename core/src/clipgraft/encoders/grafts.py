@@ -33,7 +33,7 @@ class Freeze(Config):
 
     towers: tuple[Literal["image", "text", "scale"], ...] = Field(("image",), description="parts to freeze")
     keep: tuple[str, ...] = Field((), description="patterns of tensor names that stay trainable, such as *.ln_post.*")
-    keep_last: int = Field(0, ge=0, description="blocks at the top that stay trainable, with what follows them [blocks]")
+    keep_last: int = Field(0, ge=0, description="top blocks that stay trainable, with what follows them [blocks]")
 
     def apply(self, encoder: Encoder) -> Encoder:
         """Set ``requires_grad``; frozen modules stay in eval mode (see ``Encoder.train``)."""
@@ -50,7 +50,7 @@ class Freeze(Config):
         return encoder
 
     def _is_last(self, encoder: Encoder, name: str) -> bool:
-        tower, _, rest = name.partition(".tower.")
+        _, _, rest = name.partition(".tower.")
         if not self.keep_last or not rest:
             return False
         if block := re.search(r"(?:resblocks|blocks|layers?)\.(\d+)\.", rest):
@@ -68,7 +68,7 @@ def resize_grid(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -
     """(h*w, W) positions of the ``old`` grid -> (h'*w', W) of the ``new`` one, bicubic with antialiasing."""
     from torch.nn import functional as F
 
-    grid = positions.detach().float().unflatten(0, old).permute(2, 0, 1)[None]
+    grid = positions.detach().float().reshape(*old, -1).permute(2, 0, 1)[None]
     grid = F.interpolate(grid, size=new, mode="bicubic", antialias=True, align_corners=False)
     return grid[0].permute(1, 2, 0).flatten(0, 1).to(positions.dtype)
 
@@ -86,15 +86,15 @@ class ResizePositions(Config):
         from clipgraft.encoders.towers import ResNetImage, TimmImage, VitImage
 
         size = (self.size, self.size) if isinstance(self.size, int) else self.size
-        image, vision = encoder.image, encoder.data.model_config["vision_cfg"]
+        image: Any = encoder.image
         tower: Any = getattr(image, "tower", None)
-        patch: tuple[int, int]
-        if isinstance(image, TimmImage) and hasattr(tower.trunk, "set_input_size"):
-            patch = tower.trunk.patch_embed.patch_size if hasattr(tower.trunk, "num_prefix_tokens") else (32, 32)
+        vision = encoder.data.model_config.get("vision_cfg", {})
+        if isinstance(image, TimmImage) and image.grid:
+            patch = tower.trunk.patch_embed.patch_size
         elif isinstance(image, (VitImage, ResNetImage)):
             patch = tower.patch_size if isinstance(image, VitImage) else (32, 32)
         else:
-            raise InputError("core/resize-positions knows open_clip's ViT and ResNet and timm's ViT; this tower is none")
+            raise InputError("core/resize-positions knows open_clip's ViT and ResNet and timm's ViT; use one of them")
         if size[0] % patch[0] or size[1] % patch[1]:
             raise InputError(f"core/resize-positions: {size} is no multiple of the patch size {tuple(patch)}")
         if isinstance(image, ResNetImage) and size[0] != size[1]:
@@ -104,13 +104,10 @@ class ResizePositions(Config):
             _timm_name(vision, size)
         else:
             owner = tower if isinstance(image, VitImage) else tower.attnpool
-            old, grid, assert_grid = owner.positional_embedding, (size[0] // patch[0], size[1] // patch[1]), image.grid
-            new = torch.cat([old[:1], resize_grid(old[1:], assert_grid, grid)]).detach()
+            old, grid = owner.positional_embedding, (size[0] // patch[0], size[1] // patch[1])
+            new = torch.cat([old[:1].detach(), resize_grid(old[1:], image.grid, grid)])
             owner.positional_embedding = nn.Parameter(new, requires_grad=old.requires_grad)
-            if isinstance(image, VitImage):
-                tower.grid_size, tower.image_size = grid, size
-            else:
-                tower.image_size = size[0]
+            tower.grid_size, tower.image_size = grid, size if isinstance(image, VitImage) else size[0]
         vision["image_size"] = size[0] if size[0] == size[1] else list(size)
         encoder.data.preprocess = replace(encoder.preprocess, size=size)
         return encoder

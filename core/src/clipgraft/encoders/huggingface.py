@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from clipgraft.encoders.base import Encoder, Origin, Tokenizer
+from clipgraft.encoders.base import Encoder, Origin
 from clipgraft.encoders.openclip import WEIGHT_FILES, State, build, custom_layout, open_clip_state, read_weights
-from clipgraft.encoders.tokenizers import BpeTokenizer, HuggingFaceTokenizer
+from clipgraft.encoders.tokenizers import tokenizer_for
 from clipgraft.encoders.towers import ClipText, TimmImage, VitImage
 from clipgraft.errors import InputError
+from clipgraft.files import write_json
 
 PILLOW = {"nearest": 0, "bilinear": 2, "bicubic": 3}
 TIMM_SIZES = {(768, 12): "base", (1024, 24): "large", (1152, 27): "so400m", (1536, 40): "giantopt"}
@@ -42,7 +43,7 @@ def _carry(values: list[Tensor], *, parts: int, how: str) -> list[Tensor]:
     if parts == 1:
         return [x]
     third = len(x) // 3  # three parts are q, k, v; two are q, kv
-    return [part.clone() for part in x.split([third, third * 2] if parts == 2 else third)]
+    return [part.clone() for part in torch.split(x, [third, third * 2] if parts == 2 else third)]
 
 
 def _pairs(theirs: str, ours: str) -> Iterator[_Move]:
@@ -50,17 +51,17 @@ def _pairs(theirs: str, ours: str) -> Iterator[_Move]:
         yield _Move((f"{theirs}.{kind}",), (f"{ours}.{kind}",))
 
 
-def _blocks(theirs: str, ours: str, depth: int, names: str, qkv: str) -> Iterator[_Move]:
+def _blocks(theirs: str, ours: str, depth: int, names: tuple[str, ...], qkv: str) -> Iterator[_Move]:
     for i in range(depth):
         a, b = f"{theirs}.encoder.layers.{i}", f"{ours}.{i}"
-        for x, y in zip("layer_norm1 layer_norm2 self_attn.out_proj mlp.fc1 mlp.fc2".split(), names.split(), strict=True):
+        for x, y in zip(("layer_norm1", "layer_norm2", "self_attn.out_proj", "mlp.fc1", "mlp.fc2"), names, strict=True):
             yield from _pairs(f"{a}.{x}", f"{b}.{y}")
         for kind in ("weight", "bias"):
             yield _Move(tuple(f"{a}.self_attn.{p}_proj.{kind}" for p in "qkv"), (f"{b}.attn.{qkv}{kind}",))
 
 
-OPEN_CLIP_BLOCK = ("ln_1 ln_2 attn.out_proj mlp.c_fc mlp.c_proj", "in_proj_")
-TIMM_BLOCK = ("norm1 norm2 attn.proj mlp.fc1 mlp.fc2", "qkv.")
+OPEN_CLIP_BLOCK = ("ln_1", "ln_2", "attn.out_proj", "mlp.c_fc", "mlp.c_proj"), "in_proj_"
+TIMM_BLOCK = ("norm1", "norm2", "attn.proj", "mlp.fc1", "mlp.fc2"), "qkv."
 
 
 def _moves(kind: str, vision_depth: int, text_depth: int) -> Iterator[_Move]:
@@ -119,8 +120,9 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _read_preprocess(folder: Path) -> dict[str, Any]:
     """open_clip's ``preprocess_cfg`` from what transformers writes; never guessed."""
-    file = next((folder / f for f in ("preprocessor_config.json", "processor_config.json") if (folder / f).is_file()), None)
-    if file is None:
+    files = [folder / name for name in ("preprocessor_config.json", "processor_config.json")]
+    file = files[0] if files[0].is_file() else files[1]
+    if not file.is_file():
         raise InputError(f"{folder} has no preprocessor_config.json, so its mean and std are unknown; add that file")
     found = _read_json(file)
     found = found.get("image_processor", found)
@@ -147,7 +149,7 @@ def _model_config(config: Any) -> dict[str, Any]:
     v, t, siglip = config.vision_config, config.text_config, config.model_type == "siglip"
     acts = {v.hidden_act, t.hidden_act}
     if acts - {"gelu", "gelu_pytorch_tanh", "quick_gelu"} or ("quick_gelu" in acts and (siglip or len(acts) > 1)):
-        raise InputError(f"open_clip can't mix or doesn't know the activations {sorted(acts)} of this {config.model_type}")
+        raise InputError(f"open_clip can't mix or doesn't know these activations: {sorted(acts)}; use another model")
     text = {"context_length": t.max_position_embeddings, "vocab_size": t.vocab_size, "width": t.hidden_size}
     text |= {"heads": t.num_attention_heads, "layers": t.num_hidden_layers}
     text |= {"mlp_ratio": t.intermediate_size / t.hidden_size, **_style(t, eps=1e-5)}
@@ -180,7 +182,8 @@ def _timm_trunk(config: Any) -> dict[str, Any]:
         kwargs |= {"depth": config.num_hidden_layers, "num_heads": config.num_attention_heads}
         kwargs |= {"mlp_ratio": config.intermediate_size / config.hidden_size}
     with torch.device("meta"):
-        usual = _activation(timm.create_model(name).blocks[0].mlp.act)
+        registered: Any = timm.create_model(name)
+    usual = _activation(registered.blocks[0].mlp.act)
     if usual != config.hidden_act:
         kwargs["act_layer"] = {"gelu_pytorch_tanh": "gelu_tanh"}.get(config.hidden_act, "gelu")
     return {"timm_model_name": name} | ({"timm_kwargs": kwargs} if kwargs else {})
@@ -193,86 +196,90 @@ def open_folder(folder: Path, *, uri: str = "") -> Encoder:
     kind = _read_json(folder / "config.json").get("model_type")
     if kind not in ("clip", "siglip"):
         raise InputError(f"{folder} holds a {kind!r} model; expected model_type clip or siglip")
-    config = (transformers.CLIPConfig if kind == "clip" else transformers.SiglipConfig).from_pretrained(folder)
+    reader: Any = transformers.CLIPConfig if kind == "clip" else transformers.SiglipConfig
+    config = reader.from_pretrained(folder)
     model_config = _model_config(config)
     depths = config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers
     weights = next((folder / n for n in WEIGHT_FILES if (folder / n).is_file()), folder / "model.safetensors")
     state = {k: v for k, v in read_weights(weights).items() if not k.endswith("position_ids")}
     state = _walk(list(_moves(kind, *depths)), state, back=False, where=str(weights))
-    text, tokenizer = model_config["text_cfg"], None
-    length, files = text["context_length"], [f for f in folder.iterdir() if f.name.startswith(("tokenizer", "vocab", "spiece"))]
-    if kind == "clip" and text["vocab_size"] == 49408:
-        tokenizer: Tokenizer = BpeTokenizer(length)  # CLIP's own vocabulary, padded with 0 instead of its end token
-    elif files or kind == "siglip":
-        text["hf_tokenizer_name"] = folder.name
+    text = model_config["text_cfg"]
+    # CLIP's own vocabulary is open_clip's built-in one, which pads with 0 where transformers pads with the end token
+    if kind == "siglip" or text["vocab_size"] != 49408:
+        text |= {"hf_tokenizer_name": uri.removeprefix("hf:") if uri.startswith("hf:") else "tokenizer"}
         text |= {"tokenizer_kwargs": {"clean": "canonicalize"}} if kind == "siglip" else {}
-        tokenizer = HuggingFaceTokenizer(str(folder), length, options=text.get("tokenizer_kwargs", {}))
-    preprocess, origin = _read_preprocess(folder), Origin(uri or str(folder), f"hf-{kind}")
-    return build(model_config, state, preprocess=preprocess, tokenizer=tokenizer, origin=origin)
+    return build(
+        model_config,
+        state,
+        preprocess=_read_preprocess(folder),
+        tokenizer=tokenizer_for(text, folder=folder),
+        origin=Origin(uri or str(folder), f"hf-{kind}"),
+    )
 
 
 def huggingface_state(encoder: Encoder) -> State:
     """The encoder's tensors under the names of ``CLIPModel`` or ``SiglipModel``."""
-    kind, where = _kind(encoder), encoder.data.origin.uri
-    depths = encoder.image.depth, len(_text_tower(encoder).transformer.resblocks)
-    state = _walk(list(_moves(kind, *depths)), custom_layout(open_clip_state(encoder)), back=True, where=where)
+    kind, where, text = _kind(encoder), encoder.data.origin.uri, _text_tower(encoder)
+    moves = list(_moves(kind, encoder.image.depth, len(text.transformer.resblocks)))
+    state = _walk(moves, custom_layout(open_clip_state(encoder)), back=True, where=where)
     # transformers keeps SigLIP's two scalars as vectors of one
     return {k: v.reshape(1) if kind == "siglip" and k.startswith("logit_") else v for k, v in state.items()}
 
 
 def _text_tower(encoder: Encoder) -> Any:
-    return encoder.text.tower if encoder.text is not None else None
+    if not isinstance(encoder.text, ClipText):
+        raise InputError(f"{encoder.data.origin.uri} has no CLIP text tower, which transformers' CLIPModel needs")
+    return encoder.text.tower
 
 
 def _kind(encoder: Encoder) -> str:
     """Which of transformers' two models computes what this encoder computes."""
-    image, text = encoder.image.tower, _text_tower(encoder)
-    if encoder.text is None or not isinstance(encoder.text, ClipText):
-        raise InputError(f"{encoder.data.origin.uri} has no CLIP text tower; transformers' CLIPModel needs one")
-    if isinstance(encoder.image, TimmImage) and getattr(image.trunk, "global_pool", "") == "map":
-        if text.pool_type == "last" and text.attn_mask is None:
-            return "siglip"
-    elif isinstance(encoder.image, VitImage) and encoder.text.trim_exact:
-        if image.pool_type == "tok" and image.attn_pool is None and not image.final_ln_after_pool:
+    image, text = encoder.image, _text_tower(encoder)
+    causal, pool = text.attn_mask is not None, text.pool_type
+    if isinstance(image, TimmImage) and image.tower.trunk.global_pool == "map" and pool == "last" and not causal:
+        return "siglip"
+    if isinstance(image, VitImage) and causal and pool in ("argmax", "eos"):
+        tower = image.tower
+        if tower.pool_type == "tok" and tower.attn_pool is None and not tower.final_ln_after_pool:
             return "clip"
     raise InputError(f"{encoder.data.origin.uri} pools in a way that transformers' CLIPModel and SiglipModel don't")
 
 
-def _tower_config(blocks: Any, *, width: int) -> dict[str, Any]:
+def _tower_config(blocks: Any, *, width: int, model_type: str) -> dict[str, Any]:
     block = blocks[0]
     fc, act = (block.mlp.c_fc, block.mlp.gelu) if hasattr(block.mlp, "c_fc") else (block.mlp.fc1, block.mlp.act)
     norm = block.ln_1 if hasattr(block, "ln_1") else block.norm1
     sizes = {"hidden_size": width, "intermediate_size": fc.out_features, "num_hidden_layers": len(blocks)}
-    heads = {"num_attention_heads": block.attn.num_heads}
-    return sizes | heads | {"hidden_act": _activation(act), "layer_norm_eps": norm.eps}
+    style = {"hidden_act": _activation(act), "layer_norm_eps": norm.eps, "model_type": model_type}
+    return sizes | {"num_attention_heads": block.attn.num_heads} | style
 
 
 def write_huggingface(encoder: Encoder, folder: Path) -> Path:
     """Write config.json, model.safetensors, preprocessor_config.json and the tokenizer's files into ``folder``."""
     from clipgraft.checkpoint import atomic_folder, save_tensors
 
-    kind, text, pre = _kind(encoder), _text_tower(encoder), encoder.preprocess
-    vit = kind == "clip"
-    blocks = encoder.image.tower.transformer.resblocks if vit else encoder.image.tower.trunk.blocks
-    patch = encoder.image.tower.conv1 if vit else encoder.image.tower.trunk.patch_embed.proj
+    kind, state, text, pre = _kind(encoder), huggingface_state(encoder), _text_tower(encoder), encoder.preprocess
     if pre.size[0] != pre.size[1] or pre.resize_mode == "longest":
-        raise InputError("transformers' image processors take square images, cropped or squashed; resize the positions")
-    vision = _tower_config(blocks, width=encoder.image.width) | {"model_type": f"{kind}_vision_model"}
+        raise InputError("transformers' image processors crop or squash to a square; give the encoder square images")
+    image: Any = encoder.image
+    blocks = image.tower.transformer.resblocks if kind == "clip" else image.tower.trunk.blocks
+    patch = image.tower.conv1 if kind == "clip" else image.tower.trunk.patch_embed.proj
+    vision = _tower_config(blocks, width=image.width, model_type=f"{kind}_vision_model")
     vision |= {"image_size": pre.size[0], "patch_size": patch.kernel_size[0]}
-    words = _tower_config(text.transformer.resblocks, width=text.width) | {"model_type": f"{kind}_text_model"}
-    words |= {"vocab_size": text.vocab_size, "max_position_embeddings": text.context_length, "pad_token_id": text.pad_id}
-    words |= {"eos_token_id": text.eos_id if text.pool_type == "eos" else 2, "projection_size": encoder.text.embed_dim}
-    config = {"architectures": ["CLIPModel" if vit else "SiglipModel"], "model_type": kind}
-    config |= {"projection_dim": encoder.image.embed_dim, "text_config": words, "vision_config": vision}
-    side, square = pre.size[0], {"height": pre.size[0], "width": pre.size[1]}
-    crop = pre.resize_mode == "shortest"
-    processor = {"image_processor_type": "CLIPImageProcessor" if crop else "SiglipImageProcessor"}
-    processor |= {"do_center_crop": crop, "crop_size": square, "size": {"shortest_edge": side} if crop else square}
-    processor |= {"image_mean": list(pre.mean), "image_std": list(pre.std), "resample": PILLOW[pre.interpolation]}
-    state = huggingface_state(encoder)
+    words = _tower_config(text.transformer.resblocks, width=text.width, model_type=f"{kind}_text_model")
+    words |= {"vocab_size": text.vocab_size, "max_position_embeddings": text.context_length}
+    words |= {"eos_token_id": text.eos_id if text.pool_type == "eos" else 2, "pad_token_id": text.pad_id}
+    words |= {"projection_size": image.embed_dim}
+    config: dict[str, Any] = {"architectures": ["CLIPModel" if kind == "clip" else "SiglipModel"], "model_type": kind}
+    config |= {"projection_dim": image.embed_dim, "text_config": words, "vision_config": vision}
+    square, crop = {"height": pre.size[0], "width": pre.size[1]}, pre.resize_mode == "shortest"
+    processor: dict[str, Any] = {"image_processor_type": "CLIPImageProcessor" if crop else "SiglipImageProcessor"}
+    processor |= {"do_center_crop": crop, "crop_size": square, "resample": PILLOW[pre.interpolation]}
+    processor |= {"size": {"shortest_edge": pre.size[0]} if crop else square}
+    processor |= {"image_mean": list(pre.mean), "image_std": list(pre.std)}
     with atomic_folder(Path(folder), marker="config.json") as draft:
-        for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
-            (draft / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(draft / "config.json", config)
+        write_json(draft / "preprocessor_config.json", processor)
         save_tensors(state, draft / "model.safetensors")
         if encoder.data.tokenizer is not None:
             encoder.data.tokenizer.save(str(draft))

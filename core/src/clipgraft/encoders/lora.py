@@ -43,11 +43,12 @@ class LowRank(nn.Module):
 
     rows: Tensor
 
-    def __init__(self, weight: Tensor, *, parts: int, chosen: list[int], rank: int, alpha: float, dropout: float) -> None:
+    def __init__(
+        self, weight: Tensor, *, parts: int, chosen: list[int], rank: int, alpha: float, dropout: float
+    ) -> None:
         super().__init__()
-        like = {"device": weight.device, "dtype": weight.dtype}
-        self.a = nn.Parameter(torch.empty(len(chosen), rank, weight.shape[1], **like))
-        self.b = nn.Parameter(torch.zeros(len(chosen), weight.shape[0] // parts, rank, **like))
+        self.a = nn.Parameter(weight.new_empty(len(chosen), rank, weight.shape[1]))
+        self.b = nn.Parameter(weight.new_zeros(len(chosen), weight.shape[0] // parts, rank))
         self.register_buffer("rows", torch.tensor(chosen, device=weight.device), persistent=False)
         self.parts, self.scale, self.dropout = parts, alpha / rank, dropout
         bound = math.sqrt(1 / weight.shape[1])  # as nn.Linear draws its weights
@@ -55,9 +56,9 @@ class LowRank(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """(P*R, I) -> (P*R, I)."""
-        a = self.a * F.dropout(torch.ones_like(self.a[:, :1]), self.dropout) if self.training and self.dropout else self.a
-        delta = (self.scale * (self.b @ a)).to(weight.dtype)
-        return weight.unflatten(0, (self.parts, -1)).index_add(0, self.rows, delta).flatten(0, 1)
+        features = F.dropout(torch.ones_like(self.a[:, :1]), self.dropout, self.training)
+        delta: Tensor = (self.scale * (self.b @ (self.a * features))).to(weight.dtype)
+        return weight.reshape(self.parts, -1, weight.shape[1]).index_add(0, self.rows, delta).flatten(0, 1)
 
 
 class Lora(Config):
@@ -84,13 +85,13 @@ class Lora(Config):
                     reached |= {sites[i] for i in chosen}
                     self._adapt(tower, plain, weight, parts=len(sites), chosen=chosen)
             if missing := [t for t in self.targets if t not in reached]:
-                raise InputError(f"core/lora: the {tower_name} tower has no {missing[0]!r}; take it from targets or towers")
+                raise InputError(f"core/lora: the {tower_name} tower has no {missing[0]!r}; change targets or towers")
         return encoder
 
     def _adapt(self, tower: nn.Module, name: str, weight: Tensor, *, parts: int, chosen: list[int]) -> None:
         owner_name, _, attribute = name.rpartition(".")
-        owner, sizes = tower.get_submodule(owner_name), {"rank": self.rank, "alpha": self.alpha}
-        adapter = LowRank(weight, parts=parts, chosen=chosen, dropout=self.dropout, **sizes)
+        owner, update = tower.get_submodule(owner_name), {"alpha": self.alpha, "dropout": self.dropout}
+        adapter = LowRank(weight, parts=parts, chosen=chosen, rank=self.rank, **update)
         parametrize.register_parametrization(owner, attribute, adapter.train(owner.training))
         bias = getattr(owner, attribute.replace("weight", "bias"), None) if "weight" in attribute else None
         if self.biases and isinstance(bias, nn.Parameter):

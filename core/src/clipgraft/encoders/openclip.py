@@ -8,6 +8,7 @@ from the file, so nothing is initialised at random and nothing is held twice. Wh
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -21,7 +22,7 @@ from torch import Tensor
 from clipgraft.encoders.base import Encoder, EncoderData, Origin, Preprocess, TextEncoder, Tokenizer
 from clipgraft.encoders.tokenizers import tokenizer_for
 from clipgraft.encoders.towers import ClipText, HuggingFaceText, ResNetImage, TimmImage, VitImage
-from clipgraft.errors import ClipgraftError, InputError
+from clipgraft.errors import ClipgraftError, InputError, unknown_name
 
 State = dict[str, Tensor]
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
@@ -45,7 +46,7 @@ def read_weights(file: Path) -> State:
             return _fp32(load_file(file))
         if file.suffix not in (".bin", ".pt", ".pth"):
             raise InputError(f"{file} is no weights file; expected .safetensors, or .bin, .pt, .pth from open_clip")
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except ClipgraftError:
         raise
     except Exception as error:  # each reader has its own: SafetensorError, UnpicklingError, RuntimeError, EOFError
@@ -155,8 +156,7 @@ def _timm_arguments(arguments: Mapping[str, Any] | None) -> Iterator[None]:
 
 def _assign(model: Any, state: State, *, where: str) -> None:
     """Put ``state`` into ``model`` by reference, after checking every name and shape."""
-    want = {**model.state_dict()}
-    state = custom_layout(state)
+    want, state = model.state_dict(), custom_layout(state)
     state.pop("text.transformer.embeddings.position_ids", None)  # transformers stopped storing it in 4.31
     for scalar in ("logit_scale", "logit_bias"):
         if scalar in state and scalar in want:
@@ -167,15 +167,14 @@ def _assign(model: Any, state: State, *, where: str) -> None:
                 f"{where}: the weights hold {state[name].shape[-2]} image positions, the declared image size needs "
                 f"{want[name].shape[-2]}; correct vision_cfg.image_size, then use the graft core/resize-positions"
             )
-    problems = [f"{k} is missing" for k in want if k not in state]
-    problems += [f"{k} is unexpected" for k in state if k not in want]
-    problems += [
-        f"{k} is {tuple(state[k].shape)} instead of {tuple(want[k].shape)}"
-        for k in want
-        if k in state and state[k].shape != want[k].shape
+    problems = [
+        f"{k} is {'unexpected' if k in state else 'missing'}" for k in [*want, *state] if (k in want) ^ (k in state)
     ]
-    if problems:
-        raise InputError(f"{where}: the weights don't fit the model configuration: {problems[0]} ({len(problems)} in all)")
+    shapes = {k: (tuple(state[k].shape), tuple(want[k].shape)) for k in want.keys() & state.keys()}
+    if problems := problems + [
+        f"{k} is {has} instead of {needs}" for k, (has, needs) in shapes.items() if has != needs
+    ]:
+        raise InputError(f"{where}: the weights don't fit the configuration: {problems[0]} ({len(problems)} in all)")
     model.load_state_dict(state, assign=True)
 
 
@@ -228,19 +227,14 @@ def open_architecture(name: str) -> Encoder:
     from open_clip.pretrained import download_pretrained, get_pretrained_cfg
 
     arch, _, tag = name.partition("/")
-    config = open_clip.get_model_config(arch)
+    config, usual = open_clip.get_model_config(arch), open_clip.transform.PreprocessCfg()
     if config is None:
-        from clipgraft.errors import unknown_name
-
         raise unknown_name("open_clip architecture", arch, open_clip.list_models())
-    uri, origin_default = f"open_clip:{name}", open_clip.transform.PreprocessCfg()
-    default = {"mean": origin_default.mean, "std": origin_default.std}
+    uri, default = f"open_clip:{name}", {"mean": usual.mean, "std": usual.std}
     if not tag:
         return build(config, None, preprocess=default, origin=Origin(uri, arch))
     known = get_pretrained_cfg(arch, tag)
     if not known:
-        from clipgraft.errors import unknown_name
-
         raise unknown_name(f"weights tag of {arch}", tag, open_clip.pretrained.list_pretrained_tags_by_model(arch))
     if advice := quickgelu_advice(arch, tag):
         kinds = ("with", "without") if known.get("quick_gelu") else ("without", "with")

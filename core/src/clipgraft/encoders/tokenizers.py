@@ -65,7 +65,7 @@ class HuggingFaceTokenizer:
 
     @property
     def pad_id(self) -> int:
-        """The id of padding; some tokenizers pad with their end token, so trim with ``TextEncoder.trim``."""
+        """The id of padding."""
         return int(self.inner.tokenizer.pad_token_id or 0)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 WORDS = (
     "a an the of photo picture image with and in on red green blue yellow purple orange white black circle square "
     "triangle star cat dog car zero one two three four five six seven eight nine small large left right up down"
-).split()
+)
 
 
 class TinyTokenizer:
@@ -32,7 +32,7 @@ class TinyTokenizer:
         from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
         letters = string.ascii_lowercase + string.digits
-        words = ["[PAD]", "[UNK]", *dict.fromkeys([*letters, *WORDS]), *(f"##{c}" for c in letters)]
+        words = ["[PAD]", "[UNK]", *dict.fromkeys([*letters, *WORDS.split()]), *(f"##{c}" for c in letters)]
         words = [*words[: vocab - 2], *(f"[unused{i}]" for i in range(vocab - 2 - len(words)))]
         ids = {word: i for i, word in enumerate([*words, "[SOT]", "[EOT]"])}
         self.context_length = context_length
