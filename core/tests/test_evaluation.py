@@ -24,7 +24,7 @@ from clipgraft.evaluation.base import Evaluation
 from clipgraft.evaluation.features import EncoderFeatures
 from clipgraft.evaluation.pairs import Pairs
 from clipgraft.evaluation.probe import Probe
-from clipgraft.evaluation.retrieval import Retrieval
+from clipgraft.evaluation.retrieval import Retrieval, _ranks
 from clipgraft.evaluation.zero_shot import ZeroShot
 from clipgraft.log import RunLog
 from clipgraft.registry import Registry
@@ -349,13 +349,24 @@ def test_retrieval_equals_brute_force(chunk: int, monkeypatch: pytest.MonkeyPatc
 
 
 def test_shared_captions_and_constant_models_count_against() -> None:
-    rows = [Sample(f"s{i}", pixels(i), ("the same",)) for i in range(4)]
-    found = Retrieval(ks=(1, 4))(EncoderFeatures(tiny_clip()), Memory(rows))
-    assert found.metrics["image_to_text_r1"] == 0 and found.metrics["image_to_text_r4"] == 1
+    rows = [Sample(f"s{i}", pixels(i), ("the same",)) for i in range(23)]
+    found = Retrieval(ks=(1, 22))(EncoderFeatures(tiny_clip()), Memory(rows))
+    assert [row["caption_rank"] for row in found.samples] == [22] * 23  # 22 others are exactly as good
+    assert found.metrics["image_to_text_r1"] == found.metrics["image_to_text_r22"] == 0
     texts = {c: torch.randn(3) for row in captioned(4).rows for c in row.captions}
     for images in (torch.zeros(4, 3), torch.full((4, 3), torch.nan)):
         features: Any = Given(images, texts, captioned(4).rows)
         assert Retrieval(ks=(1,))(features, captioned(4)).metrics == {"image_to_text_r1": 0, "text_to_image_r1": 0}
+
+
+def test_equal_texts_tie_to_the_last_bit() -> None:
+    """A matrix product may round equal columns differently, which would make ranks of equal captions a lottery."""
+    rng = torch.Generator().manual_seed(0)
+    queries, text = F.normalize(torch.randn(50, 64, generator=rng), dim=-1), F.normalize(torch.ones(1, 64), dim=-1)
+    for count in (5, 6, 7, 9):
+        same, owner = torch.zeros(count, dtype=torch.long), torch.arange(count)
+        ranks = _ranks(queries, text, same, query_owner=torch.arange(50) % count, owner=owner)
+        assert ranks.tolist() == [count - 1] * 50
 
 
 def test_any_hit_counts_for_images_with_several_captions() -> None:

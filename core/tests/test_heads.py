@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clipgraft.errors import InputError
-from clipgraft.heads.linear_probe import LinearProbe, LinearProbeConfig
+from clipgraft.heads.linear_probe import DECAYS, LinearProbe, LinearProbeConfig
 from clipgraft.heads.zero_shot import ZeroShotConfig, ZeroShotHead
 
 
@@ -88,12 +88,26 @@ def test_a_feature_that_never_varies_is_harmless() -> None:
 
 
 def test_the_decay_is_chosen_by_what_was_held_out() -> None:
-    """Labels without any relation to the features: the strongest decay predicts the majority best."""
-    rng = torch.Generator().manual_seed(0)
-    x, y = torch.randn(100, 60, generator=rng).double(), (torch.rand(100, generator=rng) < 0.25).long()
-    probe = LinearProbe(dim=60, classes=2).fit(x, y)
-    chosen, weakest = float(probe.weight.norm()), float(probe._lbfgs(x, y, 1e-4)[0].norm())
-    assert chosen < weakest / 5
+    """Every fifth row is never fitted to before the choice; the last fit takes all rows."""
+    x, y = blobs(n=100, dim=45, classes=8, noise=3.0)
+    z = (x - x.mean(0)) / x.std(0, correction=0)
+    held = torch.arange(100) % 5 == 0
+    probe, seen = LinearProbe(dim=45, classes=8, solver="ridge"), []
+    solve = probe._ridge
+
+    def spy(rows: Tensor, labels: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+        seen.append((len(rows), decay))
+        return solve(rows, labels, decay)
+
+    probe._ridge = spy
+    probe.fit(x, y)
+    assert seen[:-1] == [(80, decay) for decay in DECAYS] and seen[-1][0] == 100
+    scores = {}
+    for decay in DECAYS:
+        weight, bias = solve(z[~held], y[~held], decay)
+        scores[decay] = float((F.linear(z[held], weight, bias).argmax(1) == y[held]).double().mean())
+    assert seen[-1][1] == max(d for d in DECAYS if scores[d] == max(scores.values()))
+    assert max(scores.values()) > scores[DECAYS[0]] and max(scores.values()) > scores[DECAYS[-1]]
 
 
 def test_too_little_to_fit_is_one_line() -> None:
