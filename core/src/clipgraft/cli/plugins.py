@@ -86,8 +86,8 @@ def list_plugins(json: JsonFlag = False) -> None:
 @app.command("show")
 def show_plugin(name: str, json: JsonFlag = False) -> None:
     """One plugin and what it offers."""
-    registry, info = current(), _plugins(name)[0]
-    offers = [_about(r) for kind in PLURALS.values() for r in registry.list(kind) if r.plugin == info.name]
+    info = _plugins(name)[0]
+    offers = [_about(r) for r in _offers(info)]
     if json:
         emit({column: getattr(info, column) for column in COLUMNS} | {"components": offers})
         return
@@ -131,6 +131,7 @@ def _plugins(name: str | None) -> list[PluginInfo]:
 
 
 def _offers(info: PluginInfo) -> list[Registered]:
+    """What a plugin registered, by kind and name."""
     return [r for kind in PLURALS.values() for r in current().list(kind) if r.plugin == info.name]
 
 
