@@ -63,7 +63,10 @@ def test_condition_matters_through_both_routes():
     x, t, condition = inputs()
     denoiser = small()
     out = denoiser(x, t, condition)
-    for changed in (Condition(condition.vec.roll(1, 0), condition.txt), Condition(condition.vec, condition.txt.roll(1, 0))):
+    for changed in (
+        Condition(condition.vec.roll(1, 0), condition.txt),
+        Condition(condition.vec, condition.txt.roll(1, 0)),
+    ):
         assert (denoiser(x, t, changed) - out).abs().max() > 1e-4
 
 
@@ -125,7 +128,9 @@ def test_checkpointing_changes_memory_not_gradients():
     torch.testing.assert_close(*grads)
 
 
-@pytest.mark.parametrize(("head_dim", "axes"), [(128, (16, 56, 56)), (64, (8, 28, 28)), (24, (4, 10, 10)), (32, (4, 14, 14))])
+@pytest.mark.parametrize(
+    ("head_dim", "axes"), [(128, (16, 56, 56)), (64, (8, 28, 28)), (24, (4, 10, 10)), (32, (4, 14, 14))]
+)
 def test_rope_axes(head_dim, axes):
     assert rope_axes(head_dim) == axes
 

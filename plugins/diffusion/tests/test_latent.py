@@ -62,7 +62,9 @@ def test_g12_vae_latent_is_sampled_scaled_shifted_and_packed(vae):
     again = [latent(pixels, g.manual_seed(5)) for _ in range(2)]
     assert torch.equal(*again)
     posterior = vae.encode(2 * pixels - 1).latent_dist
-    by_hand = 0.3611 * (posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=g.manual_seed(5)) - 0.1159)
+    by_hand = 0.3611 * (
+        posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=g.manual_seed(5)) - 0.1159
+    )
     torch.testing.assert_close(unpack(again[0], (2, 3)), by_hand, atol=1e-5, rtol=1e-5)
 
 

@@ -18,9 +18,7 @@ class Anchor(nn.Module):
     With ``learn_temperature`` the student has its own, so the anchor keeps the order of classes, not the confidence.
     """
 
-    def __init__(
-        self, classes: Tensor | None, *, temperature: float = 100.0, learn_temperature: bool = False
-    ) -> None:
+    def __init__(self, classes: Tensor | None, *, temperature: float = 100.0, learn_temperature: bool = False) -> None:
         super().__init__()
         self.register_buffer("classes", classes, persistent=False)
         self.temperature = temperature

@@ -73,9 +73,13 @@ class VaeLatent(nn.Module):
 def vae_problem(name: str, subfolder: str | None) -> str | None:
     """Why this autoencoder can't be opened, as far as can be seen without the network; None when nothing speaks so."""
     if (folder := _local(name, subfolder)) is not None:
-        return None if (folder / "config.json").is_file() else (
-            f"latent.vae: {name} holds no diffusers autoencoder (no config.json); give a directory saved by diffusers, "
-            "or set latent.kind to tokens, which needs none"
+        return (
+            None
+            if (folder / "config.json").is_file()
+            else (
+                f"latent.vae: {name} holds no diffusers autoencoder (no config.json); give a directory saved by diffusers, "
+                "or set latent.kind to tokens, which needs none"
+            )
         )
     import huggingface_hub
 

@@ -68,7 +68,8 @@ class LoraConfig(Config):
     rank: int = Field(16, gt=0)
     alpha: float = Field(16.0, gt=0)
     dropout: float = Field(0.1, ge=0, lt=1)
-    bias: bool = Field(True, description="train the biases of the adapted layers too")
+    targets: tuple[Literal["q", "k", "v", "o", "mlp", "projection"], ...] = ("q", "k", "v", "o", "mlp")
+    biases: bool = Field(True, description="train the biases of the adapted layers too")
 
 
 class AnchorConfig(Config):

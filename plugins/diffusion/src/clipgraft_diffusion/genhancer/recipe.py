@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from clipgraft.config.schema import GraftNode
-from clipgraft.data.base import BadSample, Source
-from clipgraft.data.transforms import evaluation_transform
+from clipgraft.data.base import Source
+from clipgraft.data.loader import BadSamples, evaluation_batches, stack_images
 from clipgraft.encoders import apply_grafts
-from clipgraft.encoders.base import Encoder, Preprocess
+from clipgraft.encoders.base import Encoder
 from clipgraft.errors import InputError
+from clipgraft.evaluation.features import EncoderFeatures
 from clipgraft.recipe import StagePlan
 from clipgraft.run import Run
 from clipgraft_diffusion.anchor import Anchor
@@ -21,7 +22,7 @@ from clipgraft_diffusion.denoiser import FluxDenoiser, rope_axes
 from clipgraft_diffusion.feedback import Feedback
 from clipgraft_diffusion.flow import TimeLaw
 from clipgraft_diffusion.genhancer.config import GenHancerConfig
-from clipgraft_diffusion.genhancer.stages import ClipStage, GeneratorStage, Target
+from clipgraft_diffusion.genhancer.stages import TOKENS, ClipStage, GeneratorStage, Target
 from clipgraft_diffusion.latent import TokenLatent, VaeLatent, open_vae, packed_grid, token_grid, vae_problem
 from clipgraft_diffusion.source import Part, held_out_split
 
@@ -41,7 +42,9 @@ class GenHancer:
         """Sizes that don't fit and files that aren't there, seen before any work."""
         c, problems = self.config, []
         if c.denoiser.width % c.denoiser.heads:
-            problems.append(f"denoiser.width {c.denoiser.width} must be a multiple of denoiser.heads {c.denoiser.heads}")
+            problems.append(
+                f"denoiser.width {c.denoiser.width} must be a multiple of denoiser.heads {c.denoiser.heads}"
+            )
         else:
             problems += _said(lambda: rope_axes(c.denoiser.width // c.denoiser.heads))
         if not c.clip.weight:
@@ -49,8 +52,8 @@ class GenHancer:
         if c.latent.kind == "vae":
             problems += [found for found in [vae_problem(c.latent.vae, c.latent.subfolder)] if found]
             problems += _said(lambda: packed_grid(run.encoder.preprocess.size))
-        elif c.latent.of == "self":
-            problems += _said(lambda: token_grid(run.encoder.image, pool=c.latent.pool))
+        else:
+            problems += _said(lambda: token_grid(self._teacher(run).image, pool=c.latent.pool))
         return problems
 
     # -- stages --------------------------------------------------------------------------------------------------
@@ -60,7 +63,7 @@ class GenHancer:
         source, held = self._data(run, batch_size=c.generator.train.batch_size)
         target = self._target(run)
         if isinstance(target.latent, TokenLatent):
-            target.latent.standardise.estimate(self._raw_tokens(run, target, source))
+            target.latent.standardise.estimate(self._raw_tokens(run, target.latent, target.base, source))
         feedback = self._feedback(target, times=c.flow.build())
         return GeneratorStage(
             "generator",
@@ -103,23 +106,30 @@ class GenHancer:
     def _data(self, run: Run, *, batch_size: int) -> tuple[Source, Tensor]:
         """The training source without its held-out images, and those as pixels (k, 3, H, W') in [0, 1]."""
         source, held = held_out_split(run.train_source(), batch_size=batch_size)
-        return source, torch.stack(list(_pixels(held, run.encoder.preprocess))).to(run.device)
+        return source, torch.cat(list(_pixels(run, held)))
+
+    def _teacher(self, run: Run) -> Encoder:
+        """The encoder whose tokens are the latent."""
+        other = self.config.latent.of
+        if other == "self":
+            return run.base_encoder()
+        teacher, size = run.open_encoder(other), run.encoder.preprocess.size
+        if teacher.preprocess.size != size:
+            raise InputError(
+                f"latent.of {other} takes images of {teacher.preprocess.size[0]} px, the model of {size[0]} px, but one "
+                "crop serves both; choose a teacher of the model's size"
+            )
+        return teacher
 
     def _target(self, run: Run) -> Target:
         latent, base = self.config.latent, run.base_encoder()
         made: VaeLatent | TokenLatent
         if latent.kind == "vae":
             made = VaeLatent(open_vae(latent.vae, latent.subfolder), size=base.preprocess.size)
-        elif latent.of == "self":
-            made = TokenLatent(None, like=base.image, preprocess=base.preprocess, pool=latent.pool)
         else:
-            other = run.open_encoder(latent.of)
-            if other.preprocess.size != base.preprocess.size:
-                raise InputError(
-                    f"latent.of {latent.of} takes {other.preprocess.size[0]} px, the model {base.preprocess.size[0]} px, "
-                    "but one crop serves both; choose a teacher of the same size"
-                )
-            made = TokenLatent(other.image, like=other.image, preprocess=other.preprocess, pool=latent.pool)
+            teacher = base if latent.of == "self" else self._teacher(run)
+            tower = None if teacher is base else teacher.image
+            made = TokenLatent(tower, like=teacher.image, preprocess=teacher.preprocess, pool=latent.pool)
         return Target(base, made.to(run.device), shuffled=self.config.condition.shuffled)
 
     def _feedback(self, target: Target, *, times: TimeLaw) -> Feedback:
@@ -158,21 +168,30 @@ class GenHancer:
         """Zero-shot decisions over the source's classes where it has some and the encoder can read them."""
         settings, classes = self.config.clip.anchor, None
         if len(source.classes) > 1 and base.text is not None:
-            from clipgraft.evaluation.features import EncoderFeatures
-
-            templates = source.templates or ("a photo of a {}.",)
-            classes = EncoderFeatures(base).classifier(source.classes, templates)
+            classes = EncoderFeatures(base).classifier(source.classes, source.templates).to(base.logit_scale.device)
         scale = float(base.logit_scale.detach().exp()) if settings.temperature is None else settings.temperature
         return Anchor(classes, temperature=scale, learn_temperature=settings.learn_temperature)
 
     @torch.no_grad()
-    def _raw_tokens(self, run: Run, target: Target, source: Source) -> Iterator[Tensor]:
+    def _raw_tokens(self, run: Run, latent: TokenLatent, base: Encoder, source: Source) -> Iterator[Tensor]:
         """Raw tokens of the first ``latent.samples`` images, in batches: the same for every process and every resume."""
-        latent = target.latent
-        assert isinstance(latent, TokenLatent)
-        tower, preprocess = latent.tower or target.base.image, latent.preprocess
-        first = Part(source, range(min(self.config.latent.samples, len(source))))
-        for pixels in _batches(_pixels(first, run.encoder.preprocess), 256):
-            from clipgraft.types import FeatureRequest
+        tower, count = latent.tower or base.image, min(self.config.latent.samples, len(source))
+        for pixels in _pixels(run, Part(source, range(count))):
+            yield latent.raw(tower(latent.preprocess.normalize(pixels), TOKENS))
 
-            yield latent.raw(tower(preprocess.normalize(pixels.to(run.device)), FeatureRequest(tokens=True)))
+
+def _pixels(run: Run, source: Source) -> Iterator[Tensor]:
+    """The source's readable images in batches (b, 3, H, W') in [0, 1], as the evaluation transform sees them."""
+    for items in evaluation_batches(
+        source, preprocess=run.encoder.preprocess, batch_size=256, bad=BadSamples(len(source))
+    ):
+        yield stack_images(items).to(run.device)
+
+
+def _said(attempt: Callable[[], object]) -> list[str]:
+    """What ``attempt`` complains about, as a list of no or one line."""
+    try:
+        attempt()
+    except (InputError, ValueError) as error:
+        return [str(error)]
+    return []

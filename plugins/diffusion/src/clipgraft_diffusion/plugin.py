@@ -1,0 +1,37 @@
+"""The manifest: what this plugin offers, as strings."""
+
+from __future__ import annotations
+
+from clipgraft.spec import Component, hookimpl
+
+GENHANCER = "Ma et al., GenHancer: Imperfect Generative Models are Secretly Strong Vision-Centric Enhancers, ICCV 2025, arXiv 2503.19480"
+
+
+@hookimpl
+def clipgraft_recipes() -> list[Component]:
+    """Recipes."""
+    return [
+        Component(
+            name="genhancer",
+            target="clipgraft_diffusion.genhancer.recipe:GenHancer",
+            config="clipgraft_diffusion.genhancer.config:GenHancerConfig",
+            summary="A small generator that must restore images from CLIP's embedding alone teaches the tower to keep details",
+            needs=("diffusers>=0.36",),
+            paper=GENHANCER,
+            presets="clipgraft_diffusion.recipes",
+        )
+    ]
+
+
+@hookimpl
+def clipgraft_claims() -> list[Component]:
+    """Claims."""
+    return [
+        Component(
+            name="genhancer",
+            target="clipgraft_diffusion.genhancer.claims:GENHANCER",
+            summary="Details become readable from the global embedding while zero-shot is kept",
+            needs=("clipgraft-toyworld",),
+            paper=GENHANCER,
+        )
+    ]
