@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file
 
 from clipgraft.encoders import load
-from clipgraft.encoders.base import Encoder
+from clipgraft.encoders.base import Encoder, Origin
 from clipgraft.encoders.huggingface import huggingface_state, write_huggingface
 from clipgraft.encoders.openclip import why_not_open_clip
 from clipgraft.errors import InputError
@@ -128,6 +128,22 @@ def test_patch_tokens_are_transformers(tmp_path: Path, registry: Registry) -> No
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_hub_repository_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    repository = tmp_path / "hub" / "models--someone--clip"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "snapshots").mkdir()
+    (repository / "refs" / "main").write_text("1" * 40)
+    write(tmp_path / "clip", "clip").rename(repository / "snapshots" / ("1" * 40))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    encoder = load("hf:someone/clip")
+    assert encoder.data.model_config["text_cfg"]["hf_tokenizer_name"] == "someone/clip"
+    assert encoder.data.origin == Origin("hf:someone/clip", "hf-clip")
+    assert torch.equal(encoder.tokenizer(["a cat"]), TinyTokenizer()(["a cat"]))
+
+
 def test_siglip_of_its_own_size_or_activation_cannot_be_held_by_open_clip(tmp_path: Path, registry: Registry) -> None:
     encoder = load(str(write(tmp_path / "siglip", "siglip")), registry=registry)
     assert "timm image tower differs" in why_not_open_clip(encoder)
@@ -171,7 +187,6 @@ def test_siglip_norms_that_timm_has_not_are_refused(tmp_path: Path, registry: Re
 
 
 def test_what_transformers_has_no_place_for(tmp_path: Path) -> None:
-    from clipgraft.encoders.base import Origin
     from clipgraft.encoders.openclip import build
 
     vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16}

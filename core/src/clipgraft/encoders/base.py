@@ -102,7 +102,11 @@ class TextEncoder(nn.Module):
 
 
 class Graft(Protocol):
-    """A serialisable structural change of an encoder, applied in config order."""
+    """A serialisable structural change of an encoder, applied in config order.
+
+    A graft that ``merge`` can't turn into a plain CLIP has an attribute ``portable = False``: its export keeps the
+    graft's name and config, and opening it applies the graft again before the weights are read.
+    """
 
     def apply(self, encoder: Encoder) -> Encoder:
         """Change ``encoder`` in place (or wrap it) and return it."""
