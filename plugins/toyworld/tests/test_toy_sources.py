@@ -7,7 +7,8 @@ import torch
 
 from clipgraft.data.base import PairSource, Source
 from clipgraft.errors import InputError
-from clipgraft_toyworld.sources import Crowds, Defects, Images, MinimalPairs, Videos
+from clipgraft_toyworld.sources import Images, MinimalPairs
+from clipgraft_toyworld.task_sources import Crowds, Defects, Videos
 from clipgraft_toyworld.world import BLOCK, DETAILS, SPLITS
 
 

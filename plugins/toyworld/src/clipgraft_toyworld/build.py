@@ -135,7 +135,7 @@ def _teacher(builder: Builder) -> None:
     It starts from another base's image tower, so that it shares no initialisation with base 0.
     """
     start = f"clip-{BASES[-1]}"
-    recipe = {
+    recipe: Recipe = {
         "steps": builder.steps(train_image.TEACHER_STEPS),
         "batch": train_image.TEACHER_BATCH,
         "text": "clip-0",
@@ -157,7 +157,7 @@ def _teacher(builder: Builder) -> None:
 
 def _generator(builder: Builder, name: str, *, tower: str) -> None:
     """A generator over a tower's patch tokens, conditioned on base 0's text; its metrics are sensitivities."""
-    recipe = {
+    recipe: Recipe = {
         "steps": builder.steps(train_generator.STEPS),
         "batch": train_generator.BATCH,
         "text": "clip-0",

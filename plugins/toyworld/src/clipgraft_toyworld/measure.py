@@ -66,7 +66,9 @@ def statements(clip: nn.Module) -> Statements:
     """The text side of every zero-shot decision; worth keeping while the text tower is frozen."""
 
     def prompts(names: list[str]) -> Tensor:
-        return F.normalize(sum(read_all(clip, [t.format(name) for name in names]) for t in TEMPLATES), dim=-1)
+        return F.normalize(
+            torch.stack([read_all(clip, [t.format(name) for name in names]) for t in TEMPLATES]).sum(0), dim=-1
+        )
 
     names = class_names()
     details = {

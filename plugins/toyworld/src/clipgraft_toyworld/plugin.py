@@ -11,17 +11,15 @@ _PACKAGE = "clipgraft_toyworld"
 def clipgraft_datasets() -> list[Component]:
     """Data sources."""
     rows = (
-        ("images", "Images", "Procedural scenes with short, long, detailed or reworded captions and masks"),
-        ("pairs", "MinimalPairs", "Minimal pairs of nine patterns after MMVP"),
-        ("defects", "Defects", "Inspection pictures with damage masks"),
-        ("videos", "Videos", "Short videos whose class no single frame tells"),
-        ("crowds", "Crowds", "Two different objects per picture with instance and semantic masks"),
+        ("images", "sources:Images", "Procedural scenes with short, long, detailed or reworded captions and masks"),
+        ("pairs", "sources:MinimalPairs", "Minimal pairs of nine patterns after MMVP"),
+        ("defects", "task_sources:Defects", "Inspection pictures with damage masks"),
+        ("videos", "task_sources:Videos", "Short videos whose class no single frame tells"),
+        ("crowds", "task_sources:Crowds", "Two different objects per picture with instance and semantic masks"),
     )
     world = [
-        Component(
-            name=name, target=f"{_PACKAGE}.sources:{cls}", config=f"{_PACKAGE}.sources:{cls}Config", summary=summary
-        )
-        for name, cls, summary in rows
+        Component(name=name, target=f"{_PACKAGE}.{where}", config=f"{_PACKAGE}.{where}Config", summary=summary)
+        for name, where, summary in rows
     ]
     real = [
         Component(

@@ -44,9 +44,9 @@ def save_tokenizer(folder: Path) -> None:
 
     table = vocabulary()
     tokenizer = Tokenizer(models.WordLevel(table, unk_token=UNKNOWN))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(PUNCTUATION), " ")])  # type: ignore[assignment]
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
-    tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(PUNCTUATION), " ")])
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{START} $A {END}", special_tokens=[(START, table[START]), (END, table[END])]
     )
     tokenizer.add_special_tokens([PAD, UNKNOWN, START, END])

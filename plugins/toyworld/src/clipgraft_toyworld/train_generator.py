@@ -38,8 +38,8 @@ def _flux() -> nn.Module:
     try:
         from diffusers import FluxTransformer2DModel
     except ImportError as error:
-        raise InputError('the generator needs diffusers; type: pip install "clipgraft-toyworld[build]"') from error
-    model: nn.Module = FluxTransformer2DModel(
+        raise InputError('the generator needs diffusers; type: pip install "clipgraft-toyworld[generators]"') from error
+    model: Any = FluxTransformer2DModel(
         in_channels=WIDTH + POSITIONS,
         out_channels=WIDTH,
         num_layers=1,
@@ -51,11 +51,17 @@ def _flux() -> nn.Module:
         guidance_embeds=False,
         axes_dims_rope=(8, 12, 12),
     )
-    return model
+    module: nn.Module = model
+    return module
 
 
 class Generator(nn.Module):
     """The denoiser with its latent's statistics."""
+
+    mean: Tensor
+    std: Tensor
+    image_ids: Tensor
+    text_ids: Tensor
 
     def __init__(self, flux: nn.Module | None = None) -> None:
         super().__init__()

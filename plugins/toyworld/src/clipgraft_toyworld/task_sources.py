@@ -1,0 +1,154 @@
+"""Data sources for what plugins do beyond classes and captions: inspection, videos, segmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from pydantic import Field
+
+from clipgraft.data.base import Sample
+from clipgraft.errors import unknown_name
+from clipgraft_toyworld.captions import DEFECTS, MOTIONS, TEMPLATES
+from clipgraft_toyworld.crowds import crowds
+from clipgraft_toyworld.defects import inspections
+from clipgraft_toyworld.motion import videos
+from clipgraft_toyworld.pairs import as_bytes
+from clipgraft_toyworld.sources import WorldConfig, fingerprint
+from clipgraft_toyworld.world import COLORS, SHAPES, Split, class_names
+
+
+class DefectsConfig(WorldConfig):
+    """Inspection pictures."""
+
+    shapes: tuple[str, ...] = Field(SHAPES, min_length=1, description="object shapes to inspect")
+    damaged: float = Field(0.5, ge=0, le=1, description="share of damaged objects")
+
+
+class CrowdsConfig(WorldConfig):
+    """Two objects per picture."""
+
+
+class VideosConfig(WorldConfig):
+    """Short videos."""
+
+    n: int = Field(512, gt=0, description="number of videos")
+    frames: int = Field(8, ge=2, le=32)
+
+
+class Defects:
+    """`toyworld/defects`: one object per picture, label 0 flawless or 1 damaged, `extra["mask"]` (S, S) uint8 0/1."""
+
+    def __init__(
+        self,
+        *,
+        split: Split = "train",
+        n: int = 2048,
+        size: int = 32,
+        seed: int = 0,
+        shapes: Sequence[str] = SHAPES,
+        damaged: float = 0.5,
+    ) -> None:
+        for shape in shapes:
+            if shape not in SHAPES:
+                raise unknown_name("shape", shape, SHAPES)
+        self.name = "toyworld/defects"
+        self.fingerprint = fingerprint(
+            self.name, split=split, n=n, size=size, seed=seed, shapes=tuple(shapes), damaged=damaged
+        )
+        self.classes: Sequence[str] = ("flawless object", "damaged object")
+        self.templates: Sequence[str] = TEMPLATES
+        self.attributes: Mapping[str, Sequence[str]] = {
+            "kind": ("flawless", *DEFECTS),
+            "shape": SHAPES,
+            "color": COLORS,
+        }
+        data = inspections(split, n=n, size=size, seed=seed, shapes=shapes, damaged=damaged)
+        self._pixels = as_bytes(data.image)
+        self._masks = data.mask.to(torch.uint8)
+        self._kind = data.kind.tolist()
+        self._shape, self._color = data.scene.shape.tolist(), data.scene.color.tolist()
+        self._prefix = f"{split}-{seed}-"
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def __getitem__(self, index: int) -> Sample:
+        kind, shape, color = self._kind[index], self._shape[index], self._color[index]
+        condition = f"with {DEFECTS[kind - 1]}" if kind else "flawless"
+        return Sample(
+            id=f"{self._prefix}{range(len(self))[index]}",
+            image=self._pixels[index],
+            captions=(f"a {COLORS[color]} {SHAPES[shape]} {condition}",),
+            label=int(kind > 0),
+            attributes={"kind": kind, "shape": shape, "color": color},
+            extra={"mask": self._masks[index]},
+        )
+
+
+class Videos:
+    """`toyworld/videos`: ten motions; `extra["frames"]` (T, 3, S, S) uint8, `image` is the first frame."""
+
+    def __init__(self, *, split: Split = "train", n: int = 512, size: int = 32, seed: int = 0, frames: int = 8) -> None:
+        self.name = "toyworld/videos"
+        self.fingerprint = fingerprint(self.name, split=split, n=n, size=size, seed=seed, frames=frames)
+        self.classes: Sequence[str] = MOTIONS
+        self.templates: Sequence[str] = ("a video of an object {}", "object {}", "video of a object {}")
+        self.attributes: Mapping[str, Sequence[str]] = {"shape": SHAPES, "color": COLORS}
+        self._data = videos(split, n=n, size=size, seed=seed, frames=frames)
+        self._prefix = f"{split}-{seed}-"
+
+    def __len__(self) -> int:
+        return len(self._data.frames)
+
+    def __getitem__(self, index: int) -> Sample:
+        label = int(self._data.label[index])
+        shape, color = int(self._data.scene.shape[index]), int(self._data.scene.color[index])
+        return Sample(
+            id=f"{self._prefix}{range(len(self))[index]}",
+            image=self._data.frames[index, 0],
+            captions=(f"a video of a {COLORS[color]} {SHAPES[shape]} {MOTIONS[label]}",),
+            label=label,
+            attributes={"shape": shape, "color": color},
+            extra={"frames": self._data.frames[index]},
+        )
+
+
+class Crowds:
+    """`toyworld/crowds`: two different objects per picture for segmentation.
+
+    `extra`: `instances` (3, S, S) and `semantics` (S, S) uint8, 0 background and 1 + shape; `label` is the class of
+    the first object.
+    """
+
+    def __init__(self, *, split: Split = "train", n: int = 2048, size: int = 32, seed: int = 0) -> None:
+        self.name = "toyworld/crowds"
+        self.fingerprint = fingerprint(self.name, split=split, n=n, size=size, seed=seed)
+        self.classes: Sequence[str] = class_names()
+        self.templates: Sequence[str] = TEMPLATES
+        self.attributes: Mapping[str, Sequence[str]] = {
+            "shape": SHAPES,
+            "color": COLORS,
+            "other_shape": SHAPES,
+            "other_color": COLORS,
+        }
+        data = crowds(split, n=n, size=size, seed=seed)
+        self._pixels = as_bytes(data.picture.image)
+        self._instances = (data.picture.instances > 0.5).to(torch.uint8)
+        self._semantics = data.picture.semantics.to(torch.uint8)
+        self._values = torch.stack([data.shape[:, 0], data.color[:, 0], data.shape[:, 1], data.color[:, 1]], 1).tolist()
+        self._prefix = f"{split}-{seed}-"
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def __getitem__(self, index: int) -> Sample:
+        shape, color, other_shape, other_color = self._values[index]
+        return Sample(
+            id=f"{self._prefix}{range(len(self))[index]}",
+            image=self._pixels[index],
+            captions=(f"a {COLORS[color]} {SHAPES[shape]} and a {COLORS[other_color]} {SHAPES[other_shape]}",),
+            label=color * len(SHAPES) + shape,
+            attributes={"shape": shape, "color": color, "other_shape": other_shape, "other_color": other_color},
+            extra={"instances": self._instances[index], "semantics": self._semantics[index]},
+        )
