@@ -1,4 +1,4 @@
-"""Writes the reference pages from the code: hooks, commands, configuration, components, Python API.
+"""Writes the reference pages from the code: hooks, commands, configuration, components, Python API, toy models.
 
     python docs/generate.py [--out DIR]
 
@@ -13,6 +13,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from html import escape
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -69,8 +70,9 @@ KIND_USES = {
 
 
 def code(text: object) -> str:
-    """Inline code that survives a table cell."""
-    return f"`{str(text).replace('|', chr(92) + '|')}`"
+    """Inline code that survives a table cell, on GitHub as well as in MkDocs."""
+    plain = str(text)
+    return f"`{plain}`" if "|" not in plain else f"<code>{escape(plain, quote=False).replace('|', '&#124;')}</code>"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -357,7 +359,7 @@ def _claim(claim: Any) -> str:
 def python_api() -> str:
     """Every name of ``clipgraft.__all__``, then what plugins import from modules."""
     import clipgraft
-    from clipgraft.run import run_recipe
+    from clipgraft.execution import run_recipe
 
     names = sorted(set(clipgraft.__all__) - {"__version__"}, key=str.lower)
     lines = [
@@ -401,6 +403,33 @@ def _members(cls: type) -> Iterator[list[str]]:
             yield [code(shown), cell(function.__doc__)]
 
 
+def toy_models() -> str:
+    """What the toy world ships, from its manifest."""
+    manifest = import_module("clipgraft_toyworld.models").manifest()
+    models = manifest["models"]
+    lines = [
+        "# Toy-world models\n",
+        "The models inside `clipgraft-toyworld`, as their manifest describes them. Metrics were measured when they "
+        "were built, on the test split, with the stored 16-bit weights. `clipgraft toyworld manifest --json` prints "
+        f"all of it with recipes and hashes; `{manifest['command']}` builds them again.\n",
+        f"World version {manifest['world']}. All files: {_size(models):.1f} MB.\n",
+    ]
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, entry in models.items():
+        groups.setdefault(tuple(sorted(entry["metrics"])), []).append(name)
+    for names in groups.values():
+        metrics = models[names[0]]["metrics"]
+        head = [("seed", lambda e: str(e["seed"])), ("CPU seconds to build", lambda e: f"{e['cpu_seconds']:.0f}")]
+        rows = [[title, *(show(models[n]) for n in names)] for title, show in head]
+        rows += [[code(metric), *(f"{models[n]['metrics'][metric]:.3f}" for n in names)] for metric in metrics]
+        lines += [f"## {', '.join(names)}\n", table(["", *names], rows)]
+    return "\n".join(lines)
+
+
+def _size(models: dict[str, Any]) -> float:
+    return sum(file["bytes"] for entry in models.values() for file in entry["files"].values()) / 1e6
+
+
 def repository_registry() -> Any:
     """The registry with the plugins of this repository alone, all of them sound."""
     from clipgraft.registry import Registry
@@ -425,6 +454,7 @@ def generate(out: Path) -> list[Path]:
             "configuration.md": configuration(registry),
             "components.md": components(registry),
             "python-api.md": python_api(),
+            "toy-world-models.md": toy_models(),
         }
     folder = out / "reference"
     folder.mkdir(parents=True, exist_ok=True)
