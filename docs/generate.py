@@ -38,7 +38,8 @@ ARGUMENTS = {
 PLUGIN_MODULES = {
     "clipgraft.config.schema": "Config RunConfig TrainConfig",
     "clipgraft.stage": "ContrastiveStage",
-    "clipgraft.run": "Run Result",
+    "clipgraft.execution": "Result",
+    "clipgraft.runner": "Run",
     "clipgraft.encoders.base": "Graft Preprocess",
     "clipgraft.losses.base": "Loss LossInputs gathered_unit",
     "clipgraft.data.base": "Source Sample PairSource Pair BadSample",
@@ -359,7 +360,6 @@ def _claim(claim: Any) -> str:
 def python_api() -> str:
     """Every name of ``clipgraft.__all__``, then what plugins import from modules."""
     import clipgraft
-    from clipgraft.execution import run_recipe
 
     names = sorted(set(clipgraft.__all__) - {"__version__"}, key=str.lower)
     lines = [
@@ -369,7 +369,7 @@ def python_api() -> str:
         "`clipgraft.__version__` is the installed version of the core.\n",
     ]
     for name in names:
-        lines += _described(run_recipe if name == "run" else getattr(clipgraft, name), name)
+        lines += _described(getattr(clipgraft, name), name)
     lines += ["## For plugins\n", "What a plugin imports from modules of the core.\n"]
     for module, wanted in PLUGIN_MODULES.items():
         loaded = import_module(module)
