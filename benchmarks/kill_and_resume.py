@@ -85,7 +85,9 @@ def main() -> int:
             break
         same = code == 0 and fingerprint(run) == wanted
         bad += not same
-        print(f"trial {trial:02d}: {'; '.join(kills) or 'was done before the kill'}: {'identical' if same else 'DIFFERS'}")
+        print(
+            f"trial {trial:02d}: {'; '.join(kills) or 'was done before the kill'}: {'identical' if same else 'DIFFERS'}"
+        )
         if same:
             shutil.rmtree(run)
     print(f"{options.trials - bad} of {options.trials} resumed runs are bit-identical to the undisturbed one")

@@ -13,9 +13,11 @@ import json
 import statistics
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
+
 from clipgraft.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
 from clipgraft.data.base import Sample
 from clipgraft.data.loader import TrainLoader
@@ -24,7 +26,7 @@ from clipgraft.finetune import FinetuneStage
 from clipgraft.log import RunLog
 from clipgraft.losses.contrastive import ClipLoss
 from clipgraft.registry import Registry
-from clipgraft.run import Run
+from clipgraft.runner import Run
 from clipgraft.spec import runhook
 from clipgraft.testing.tiny import tiny_clip
 from clipgraft.trainer import Trainer
@@ -70,7 +72,7 @@ def bare(stage: FinetuneStage, loader: TrainLoader, config: TrainConfig, steps: 
         optimizer.zero_grad(set_to_none=True)
         if step % 10 == 9:
             loss.item()
-    return statistics.median(b - a for a, b in zip(ticks[2:], ticks[3:], strict=False))
+    return statistics.median(b - a for a, b in pairwise(ticks[2:]))
 
 
 def framework(stage: FinetuneStage, encoder: Encoder, config: TrainConfig, folder: Path) -> float:
@@ -82,7 +84,7 @@ def framework(stage: FinetuneStage, encoder: Encoder, config: TrainConfig, folde
     clock = Clock()
     run.hooks.register(clock, "clock")
     Trainer(config).fit(run, stage)
-    return statistics.median(b - a for a, b in zip(clock.ticks[2:], clock.ticks[3:], strict=False))
+    return statistics.median(b - a for a, b in pairwise(clock.ticks[2:]))
 
 
 def main() -> None:
@@ -103,7 +105,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for block in range(options.blocks):
             loader = TrainLoader(
-                source, preprocess=encoder.preprocess, tokenizer=encoder.tokenizer, batch_size=options.batch_size, seed=0
+                source,
+                preprocess=encoder.preprocess,
+                tokenizer=encoder.tokenizer,
+                batch_size=options.batch_size,
+                seed=0,
             )
             plain = bare(stage, loader, config, options.steps)
             rows.append((plain, framework(stage, encoder, config, Path(folder) / str(block))))

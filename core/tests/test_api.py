@@ -1,9 +1,8 @@
-"""The Python API: few names, lazy, and ``clipgraft.run`` that is a module and can be called."""
+"""The Python API: few names, lazy, and ``clipgraft.run`` that runs a recipe."""
 
 from __future__ import annotations
 
 import ast
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +31,10 @@ def test_type_checkers_see_the_same_names() -> None:
     assert {name: seen[name] for name in clipgraft._SOURCES} == clipgraft._SOURCES
 
 
-def test_run_is_a_module_and_a_function_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("clipgraft.run")
-    monkeypatch.setattr("clipgraft.run.run_recipe", lambda recipe, **settings: (recipe, settings))
+def test_run_is_the_function_that_runs_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clipgraft.execution.run_recipe", lambda recipe, **settings: (recipe, settings))
     run: Any = clipgraft.run
-    assert run is module and run("core/finetune", seed=3) == ("core/finetune", {"seed": 3})
+    assert run("core/finetune", seed=3) == ("core/finetune", {"seed": 3})
 
 
 def test_plugins_are_those_of_the_current_registry() -> None:

@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from clipgraft import checkpoint
-from clipgraft.checkpoint import atomic_folder, open_export, read_component, read_manifest, write_export
+from clipgraft import checkpoint, files
+from clipgraft.checkpoint import open_export, read_component, read_manifest, write_export
 from clipgraft.config.schema import GraftNode
 from clipgraft.encoders import apply_grafts, load
 from clipgraft.encoders.base import AppliedGraft, Encoder
 from clipgraft.errors import ClipgraftError, InputError
+from clipgraft.files import whole_folder, write_tensors
 from clipgraft.registry import Registry
 from clipgraft.testing.tiny import tiny_clip
 
@@ -278,7 +279,7 @@ def test_a_failing_write_leaves_the_old_export(
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_sync", full)
+    monkeypatch.setattr(files, "_sync", full)
     with pytest.raises(ClipgraftError, match=r"could not be written: .*No space left"):
         write_export(tiny_clip(seed=1), folder)
     assert same(open_export(folder, registry=registry), tiny_clip(seed=0))
@@ -311,7 +312,7 @@ def test_a_running_writers_draft_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_fails_inside_the_block_is_not_made(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="boom"), atomic_folder(tmp_path / "x", marker="m") as draft:
+    with pytest.raises(RuntimeError, match="boom"), whole_folder(tmp_path / "x", marker="m") as draft:
         (draft / "m").write_text("half")
         raise RuntimeError("boom")
     assert list(tmp_path.iterdir()) == []
@@ -320,7 +321,7 @@ def test_a_folder_that_fails_inside_the_block_is_not_made(tmp_path: Path) -> Non
 def test_tied_and_strided_tensors_are_saved_whole(tmp_path: Path) -> None:
     base = torch.arange(12.0).reshape(3, 4)
     state = {"whole": base, "tied": base, "transposed": base.T, "rows": base[1:], "row": base[0]}
-    checkpoint.save_tensors(state, tmp_path / "t.safetensors")
+    write_tensors(tmp_path / "t.safetensors", state)
     assert all(torch.equal(v, state[k]) for k, v in load_file(tmp_path / "t.safetensors").items())
 
 

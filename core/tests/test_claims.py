@@ -376,7 +376,7 @@ def test_the_demo_measures_runs_and_reports(
     engine = SimpleNamespace(write_report=lambda run: run / "report.html")
     monkeypatch.setitem(sys.modules, "clipgraft_evaluation", SimpleNamespace(report=engine))
     monkeypatch.setitem(sys.modules, "clipgraft_evaluation.report", engine)
-    monkeypatch.setattr("clipgraft.run.run_recipe", run_recipe)
+    monkeypatch.setattr("clipgraft.execution.run_recipe", run_recipe)
     registry = Registry.discover(allow=())
     names = ("toyworld", "diffusion", "evaluation")
     registry.plugins = [p for p in registry.plugins if p.name not in names]

@@ -213,20 +213,20 @@ def test_config_commands(cli: Cli, tmp_path: Path) -> None:
 def test_run_passes_its_options_on_and_prints_the_result(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import clipgraft.run
+    import clipgraft.execution
 
     seen: dict[str, Any] = {}
 
-    def fake(recipe: str | None, **options: Any) -> clipgraft.run.Result:
+    def fake(recipe: str | None, **options: Any) -> clipgraft.execution.Result:
         print("a library talks")
         seen.update(options, recipe=recipe)
         if options["resume"] is not None:
             raise Interrupted("stopped after step 3; continue with --resume x")
         if options["seed"] == 13:
             raise ClipgraftError("the loss became NaN")
-        return clipgraft.run.Result(tmp_path, tmp_path / "export", "done", 5, {"core/pairs.mean": 0.25}, 1.0)
+        return clipgraft.execution.Result(tmp_path, tmp_path / "export", "done", 5, {"core/pairs.mean": 0.25}, 1.0)
 
-    monkeypatch.setattr(clipgraft.run, "run_recipe", fake)
+    monkeypatch.setattr(clipgraft.execution, "run_recipe", fake)
     done = cli("run", "finetune:tiny", "--set", "a=1", "--set", "b=2", "--seed", 4, "--config", "f.yaml", "--json")
     assert done.code == 0 and done.err == "a library talks\n"
     assert done.json == {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from clipgraft.config.schema import TrainConfig
 from clipgraft.distributed import any_rank, gather_with_grad, mean_over_ranks, rank, to_main, world_size
 from clipgraft.finetune import FinetuneStage
@@ -14,7 +16,6 @@ from clipgraft.testing.ranks import run_ranks
 from clipgraft.testing.tiny import tiny_clip
 from clipgraft.trainer import Step
 from clipgraft.types import Batch
-from torch import nn
 
 LOSSES = {
     "clip": lambda: ClipLoss(),

@@ -13,13 +13,14 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from PIL import Image
+
 from clipgraft.checkpoint import open_export, write_export
 from clipgraft.errors import InputError, Interrupted
+from clipgraft.execution import run_recipe
 from clipgraft.registry import Registry
-from clipgraft.run import run_recipe
 from clipgraft.spec import runhook
 from clipgraft.testing.tiny import tiny_clip
-from PIL import Image
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +56,14 @@ def test_a_run_leaves_a_directory_that_tells_the_story(world, tmp_path):
     )
     assert result.status == "done" and result.steps == 4
     names = {p.name for p in result.run.iterdir()}
-    expected = "config.yaml command.txt env.json plugins.json log.txt status.json evaluations.json stages evaluation export"
+    expected = (
+        "config.yaml command.txt env.json plugins.json log.txt status.json evaluations.json stages evaluation export"
+    )
     assert set(expected.split()) <= names
-    assert result.metrics.keys() == {f"core/retrieval.{m}" for m in json.loads((result.run / "evaluations.json").read_text())["after"]["core/retrieval"]}
+    assert result.metrics.keys() == {
+        f"core/retrieval.{m}"
+        for m in json.loads((result.run / "evaluations.json").read_text())["after"]["core/retrieval"]
+    }
     rows = [json.loads(line) for line in (result.run / "stages/00-train/metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [1, 2, 3, 4] and [r["samples"] for r in rows] == [8, 16, 24, 32]
     assert json.loads((result.run / "status.json").read_text())["status"] == "done"
@@ -75,7 +81,9 @@ def test_the_export_opens_in_open_clip_and_differs_from_the_base(world, tmp_path
         theirs = model.eval().encode_image(ours.preprocess.normalize(pixels))
         torch.testing.assert_close(theirs, ours.eval().image(ours.preprocess.normalize(pixels)).pooled)
         assert (theirs - base.eval().image(base.preprocess.normalize(pixels)).pooled).abs().max() > 1e-3
-    assert [step["recipe"] for step in json.loads((result.export / "clipgraft.json").read_text())["lineage"]] == ["core/finetune"]
+    assert [step["recipe"] for step in json.loads((result.export / "clipgraft.json").read_text())["lineage"]] == [
+        "core/finetune"
+    ]
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(world, tmp_path):
@@ -97,7 +105,7 @@ class StopAt:
 
 def test_interrupted_runs_resume_to_the_same_export(world, tmp_path, monkeypatch):
     whole = run_recipe("finetune", overrides=settings(world), out=tmp_path / "whole", registry=REGISTRY)
-    from clipgraft import run as module
+    from clipgraft import runner as module
 
     original = module.Run.__post_init__
 
@@ -112,7 +120,9 @@ def test_interrupted_runs_resume_to_the_same_export(world, tmp_path, monkeypatch
     assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "interrupted"
     assert not (tmp_path / "run/export").exists()
     again = run_recipe(resume=tmp_path / "run", registry=REGISTRY)
-    assert (again.export / "open_clip_model.safetensors").read_bytes() == (whole.export / "open_clip_model.safetensors").read_bytes()
+    assert (again.export / "open_clip_model.safetensors").read_bytes() == (
+        whole.export / "open_clip_model.safetensors"
+    ).read_bytes()
     third = run_recipe(resume=tmp_path / "run", registry=REGISTRY)
     assert third.status == "done", "resuming a finished run is harmless"
 
@@ -150,7 +160,9 @@ def test_a_signal_saves_and_the_run_continues(world, tmp_path, number):
     environment = {**os.environ, "CLIPGRAFT_PLUGINS": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "clipgraft", "run"]
     metrics = tmp_path / "run/stages/00-train/metrics.jsonl"
-    process = subprocess.Popen([*command, "finetune", *sets, "--out", tmp_path / "run"], env=environment, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*command, "finetune", *sets, "--out", tmp_path / "run"], env=environment, stderr=subprocess.PIPE
+    )
     until = time.monotonic() + 90
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 20) and time.monotonic() < until:
         time.sleep(0.05)
@@ -159,7 +171,9 @@ def test_a_signal_saves_and_the_run_continues(world, tmp_path, number):
     assert process.returncode == 130, error.decode()
     assert b"Traceback" not in error and b"--resume" in error
     subprocess.run([*command, "--resume", tmp_path / "run"], env=environment, check=True, capture_output=True)
-    subprocess.run([*command, "finetune", *sets, "--out", tmp_path / "whole"], env=environment, check=True, capture_output=True)
+    subprocess.run(
+        [*command, "finetune", *sets, "--out", tmp_path / "whole"], env=environment, check=True, capture_output=True
+    )
     a, b = (tmp_path / name / "export/open_clip_model.safetensors" for name in ("run", "whole"))
     assert a.read_bytes() == b.read_bytes()
 
@@ -169,9 +183,20 @@ def test_two_processes_train_like_one(world, tmp_path):
     """torchrun with two gloo ranks: the same weights up to rounding as one process on the same global batch."""
     sets = [f"--set={k}={v}" for k, v in settings(world, **{"train.optimizer": "sgd"}).items()]
     environment = {**os.environ, "CLIPGRAFT_PLUGINS": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "clipgraft"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "clipgraft",
+    ]
     for name, launch in (("one", [sys.executable, "-m", "clipgraft"]), ("two", torchrun)):
-        done = subprocess.run([*launch, "run", "finetune", *sets, "--out", tmp_path / name], env=environment, capture_output=True)
+        done = subprocess.run(
+            [*launch, "run", "finetune", *sets, "--out", tmp_path / name], env=environment, capture_output=True
+        )
         assert done.returncode == 0, done.stderr.decode()[-2000:]
     assert json.loads((tmp_path / "two/env.json").read_text())["processes"] == 2
     one, two = (open_export(tmp_path / name / "export").state_dict() for name in ("one", "two"))

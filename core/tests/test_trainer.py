@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+
 from clipgraft.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
 from clipgraft.data.base import Sample
 from clipgraft.errors import ClipgraftError, InputError, Interrupted, NonFiniteLossError
@@ -16,14 +19,13 @@ from clipgraft.log import RunLog
 from clipgraft.losses.contrastive import ClipLoss
 from clipgraft.optim import Average, build_optimizer, learning_rate
 from clipgraft.registry import Registry
-from clipgraft.run import Run
+from clipgraft.runner import Run
 from clipgraft.spec import runhook
 from clipgraft.stage import TrainStage
 from clipgraft.state import TrainState
 from clipgraft.testing.tiny import tiny_clip
 from clipgraft.trainer import Trainer
 from clipgraft.types import Batch, StepOutput
-from torch import nn
 
 
 class Blobs:
@@ -32,7 +34,9 @@ class Blobs:
     name, fingerprint, classes, templates, attributes = "blobs", "blobs", (), (), {}
 
     def __init__(self) -> None:
-        self.pixels = torch.randint(0, 256, (16, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        self.pixels = torch.randint(
+            0, 256, (16, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+        )
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -42,7 +46,7 @@ class Blobs:
 
 
 class Probe(TrainStage):
-    """Image tower, dropout and a linear layer that predicts the mean colour; enough randomness to catch a bad resume."""
+    """Image tower, dropout and a layer that predicts the mean colour: enough randomness to catch a bad resume."""
 
     wants_text = True
 
@@ -103,7 +107,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume_is_bit_exact_at_every_step(tmp_path, workers):
-    """Three epochs of three steps; stopped once at every step, resumed, and (at three steps) stopped and resumed twice."""
+    """Three epochs of three steps; stopped once at every step and resumed, and stopped and resumed twice."""
     steps = 9
     whole = fit(tmp_path / "whole", steps, workers=workers)
     points = [(k,) for k in range(1, steps)] + [(1, 4), (3, 6), (5, 8)]
@@ -166,7 +170,7 @@ def test_a_parameter_without_gradient_is_an_error(tmp_path):
             self.unused = nn.Linear(2, 2)
 
     stage = Dead(TrainConfig(steps=2, **CONFIG))
-    with pytest.raises(ClipgraftError, match="no gradient reached unused.weight"):
+    with pytest.raises(ClipgraftError, match=r"no gradient reached unused\.weight"):
         Trainer(stage.train_config).fit(make_run(tmp_path), stage)
 
 
@@ -203,7 +207,7 @@ def test_the_feature_cache_gives_the_gradients_of_the_whole_batch(tmp_path, chun
         found.append(keep.grads)
     assert found[0].keys() == found[1].keys() and "encoder.logit_scale" in found[0]
     for name, grad in found[0].items():
-        torch.testing.assert_close(found[1][name], grad, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: f'{name}: {m}')
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_a_batch_coupled_stage_without_a_cache_refuses_accumulation(tmp_path):
@@ -250,7 +254,7 @@ def test_decay_is_for_matrices_only():
 def test_the_learning_rate_is_a_function_of_the_step():
     config = TrainConfig(steps=10, batch_size=1, lr=1.0, warmup=2)
     rates = [learning_rate(config, k) for k in range(10)]
-    assert rates[:3] == [0.5, 1.0, 1.0] and rates[-1] > 0 and all(a >= b for a, b in zip(rates[2:], rates[3:], strict=False))
+    assert rates[:3] == [0.5, 1.0, 1.0] and rates[-1] > 0 and all(a >= b for a, b in pairwise(rates[2:]))
     assert learning_rate(config.model_copy(update={"schedule": "constant"}), 9) == 1.0
 
 

@@ -11,15 +11,13 @@ import copy
 import json
 import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipgraft.errors import ClipgraftError, InputError
-from clipgraft.files import sha256_of, write_json
+from clipgraft.errors import InputError
+from clipgraft.files import settle, sha256_of, whole_folder, write_json, write_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -30,86 +28,6 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 MANIFEST, CARD, OWN_WEIGHTS = "clipgraft.json", "README.md", "encoder.safetensors"
-
-
-def _sync(path: Path) -> None:
-    """Force a file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _settle(target: Path) -> None:
-    """Clean up after writers that died: put a half-replaced folder back, remove drafts."""
-    left_over = [*target.parent.glob(f".{target.name}.old-*"), *target.parent.glob(f".{target.name}.new-*")]
-    for left in left_over:
-        if _alive(left):
-            continue
-        if ".old-" in left.name and not target.exists():
-            left.rename(target)
-        else:
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _alive(path: Path) -> bool:
-    """Whether the process that made this temporary still runs."""
-    try:
-        os.kill(int(path.name.rpartition("-")[2]), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-@contextmanager
-def atomic_folder(target: Path, *, marker: str) -> Iterator[Path]:
-    """Fill the folder that this yields; it takes the place of ``target`` when the block ends without an error.
-
-    An existing folder is replaced only when it is empty or holds ``marker``. Files get the permissions of the umask.
-    """
-    target = Path(os.path.abspath(target))
-    if target.exists() and not (target / marker).is_file() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} exists and holds no {marker}, so it is not replaced; choose another folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _settle(target)
-    draft, old = (target.with_name(f".{target.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
-    try:
-        yield draft
-        mode = draft.stat().st_mode & 0o666
-        for file in draft.rglob("*"):
-            if file.is_file():
-                file.chmod(mode)  # safetensors writes files that only their owner can read
-            _sync(file)
-        _sync(draft)
-        if target.exists():
-            target.rename(old)
-        draft.rename(target)
-        _sync(target.parent)
-    except OSError as error:
-        raise ClipgraftError(f"{target} could not be written: {error}; the old one, if any, is unchanged") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-        if old.exists() and not target.exists():
-            old.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def save_tensors(state: Mapping[str, Tensor], file: Path, *, dtype: torch.dtype | None = None) -> None:
-    """safetensors on the CPU, contiguous and without shared memory; floating tensors cast to ``dtype`` if given."""
-    from safetensors.torch import save_file
-
-    ready, seen = {}, set[int]()
-    for name, tensor in state.items():
-        tensor = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        ready[name] = tensor.clone() if storage in seen else tensor
-        seen.add(storage)
-    save_file(ready, file, metadata={"format": "pt"})
 
 
 def _maker(name: str) -> dict[str, str]:
@@ -174,12 +92,12 @@ def write_export(
         "components": records,
         "lineage": [*data.origin.lineage, *lineage],
     }
-    with atomic_folder(Path(folder), marker=MANIFEST) as draft:
-        save_tensors(state, draft / weights, dtype=dtype)
+    with whole_folder(Path(folder), marker=MANIFEST) as draft:
+        write_tensors(draft / weights, state, dtype=dtype)
         if not reason:
             write_json(draft / CONFIG, {"model_cfg": data.model_config, "preprocess_cfg": preprocess | {"mode": "RGB"}})
         for name, module in components.items():
-            save_tensors(module.state_dict(), draft / f"{name}.safetensors")
+            write_tensors(draft / f"{name}.safetensors", module.state_dict())
         if data.tokenizer is not None:
             data.tokenizer.save(str(draft))
         (draft / CARD).write_text(card or _card(manifest), encoding="utf-8")
@@ -212,7 +130,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """``clipgraft.json``, after every file that it names was checked; the model card may have been edited."""
     folder = Path(folder)
     if not folder.exists():
-        _settle(Path(os.path.abspath(folder)))
+        settle(Path(os.path.abspath(folder)))
     try:
         manifest = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
         schema, files = int(manifest["schema"]), dict(manifest["files"])

@@ -1,4 +1,4 @@
-"""Processes: the accelerator, gathering with gradient, and agreeing on a flag. Only this file and the trainer meet Accelerate."""
+"""Processes: the accelerator, gathering with gradient, agreeing. Only this file and the trainer meet Accelerate."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def gather_with_grad(x: Tensor) -> Tensor:
 
 
 def to_main(value: Any) -> list[Any]:
-    """Every rank's ``value`` in rank order on rank 0, an empty list elsewhere (in memory, between our own processes)."""
+    """Every rank's ``value`` in rank order on rank 0, an empty list elsewhere."""
     if world_size() == 1:
         return [value]
     values: list[Any] | None = [None] * world_size() if rank() == 0 else None

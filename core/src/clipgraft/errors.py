@@ -25,7 +25,7 @@ class NonFiniteLossError(ClipgraftError):
     """The loss became NaN or infinite; the optimizer step was not taken."""
 
 
-class Interrupted(ClipgraftError):  # noqa: N818 - it ends a run on request, it is no fault
+class Interrupted(ClipgraftError):
     """The run was asked to stop (SIGINT, SIGTERM) and has saved its state."""
 
     exit_code = 130

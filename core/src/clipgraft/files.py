@@ -10,9 +10,12 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from clipgraft.errors import ClipgraftError
+from clipgraft.errors import ClipgraftError, InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MANIFEST = "manifest.json"
 
@@ -41,55 +44,91 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
-    """Contiguous copies of ``tensors`` as safetensors with the permissions that other files get (not 0600)."""
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, *, dtype: Any = None
+) -> None:
+    """safetensors on the CPU, contiguous and without shared memory; floating tensors cast to ``dtype`` if given."""
     from safetensors.torch import save_file
 
-    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path, {"format": "pt", **(metadata or {})})
+    ready, seen = {}, set[int]()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        ready[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    save_file(ready, path, {"format": "pt", **(metadata or {})})
     mask = os.umask(0)
     os.umask(mask)
-    path.chmod(0o666 & ~mask)
-
-
-def clean(parent: Path) -> None:
-    """Put back or remove what a killed writer left in ``parent``."""
-    for old in parent.glob(".*.old"):
-        target = parent / old.name[1 : -len(".old")]
-        old.rename(target) if not target.exists() else shutil.rmtree(old, ignore_errors=True)
-    for leftover in parent.glob(".*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    path.chmod(0o666 & ~mask)  # safetensors writes files that only their owner can read
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary sibling to fill; on success it gets a manifest, is synced and takes the place of ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    clean(path.parent)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.mkdir()
+def whole_folder(target: Path, *, marker: str | None = None) -> Iterator[Path]:
+    """Fill the folder that this yields; it takes the place of ``target`` when the block ends without an error.
+
+    It gets a manifest of sizes and hashes, unless ``marker`` names a file that the block writes for that purpose; then
+    an existing folder is replaced only when it is empty or holds ``marker``.
+    """
+    target = Path(os.path.abspath(target))
+    if (
+        marker
+        and target.exists()
+        and not (target / marker).is_file()
+        and (not target.is_dir() or any(target.iterdir()))
+    ):
+        raise InputError(f"{target} exists and holds no {marker}, so it is not replaced; choose another folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    settle(target)
+    draft, old = (target.with_name(f".{target.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
     try:
-        yield temporary
-        seal(temporary)
-        old = path.with_name(f".{path.name}.old")
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
-        _sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        yield draft
+        if marker is None:
+            _write_manifest(draft)
+        for file in [*draft.rglob("*"), draft]:
+            _sync(file)
+        if target.exists():
+            target.rename(old)
+        draft.rename(target)
+        _sync(target.parent)
     except OSError as error:
-        raise ClipgraftError(f"can't write {path}: {error.strerror or error}") from error
+        raise ClipgraftError(f"{target} could not be written: {error}; the old one, if any, is unchanged") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(draft, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def seal(folder: Path) -> None:
-    """Write the manifest (size and sha256 of every file) and sync everything."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+def settle(target: Path) -> None:
+    """Clean up after writers that died: put a half-replaced folder back, remove drafts."""
+    for left in [*target.parent.glob(f".{target.name}.old-*"), *target.parent.glob(f".{target.name}.new-*")]:
+        if _alive(left):
+            continue
+        if ".old-" in left.name and not target.exists():
+            left.rename(target)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _alive(path: Path) -> bool:
+    """Whether another process that made this temporary still runs."""
+    try:
+        owner = int(path.name.rpartition("-")[2])
+        os.kill(owner, 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return owner != os.getpid()
+
+
+def _write_manifest(folder: Path) -> None:
+    """Size and sha256 of every file."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
     entries = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in files}
     write_json(folder / MANIFEST, {"files": entries})
-    for p in files:
-        _sync(p)
-    _sync(folder)
 
 
 def verify(folder: Path) -> None:

@@ -14,7 +14,7 @@ from clipgraft.data.base import Source
 from clipgraft.encoders.base import Encoder
 from clipgraft.losses.base import Loss, LossInputs
 from clipgraft.recipe import StagePlan
-from clipgraft.run import Run
+from clipgraft.runner import Run
 from clipgraft.stage import ContrastiveStage
 from clipgraft.types import Batch, FeatureRequest, ImageFeatures, StepOutput, widened
 
@@ -112,7 +112,7 @@ class FinetuneStage(ContrastiveStage):
         values |= {f"teacher_{n}": f for n, f in zip(names, features[per:], strict=False)}
         bias = self.encoder.logit_bias
         inputs = LossInputs(logit_scale=self.encoder.logit_scale.exp(), logit_bias=bias, **values)
-        total, terms = features[0].new_zeros(()), {}
+        total, terms = features[0].new_zeros(()), dict[str, Tensor]()
         for index, (loss, weight) in enumerate(zip(self.losses, self.weights, strict=True)):
             found = loss(inputs)
             total = total + weight * found["loss"]

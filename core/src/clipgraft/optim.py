@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,9 @@ from clipgraft.errors import ClipgraftError
 from clipgraft.stage import TrainStage
 
 _BLOCK = re.compile(r"^(?P<tower>.*?)\.(?:resblocks|blocks|layers|layer)\.(?P<index>\d+)\.")
-_STEM = re.compile(r"(conv1|patch_embed|class_embedding|cls_token|positional_embedding|pos_embed|token_embedding|ln_pre)")
+_STEM = re.compile(
+    r"(conv1|patch_embed|class_embedding|cls_token|positional_embedding|pos_embed|token_embedding|ln_pre)"
+)
 
 
 def depth_of(name: str, depths: dict[str, int]) -> int | None:
@@ -85,8 +86,8 @@ class Average:
     @torch.no_grad()
     def update(self) -> None:
         """shadow <- decay * shadow + (1 - decay) * live."""
-        live: Sequence[Tensor] = list(self.live.values())
-        torch._foreach_lerp_(list(self.shadow.values()), live, 1 - self.decay)
+        live: list[Tensor] = [*self.live.values()]
+        torch._foreach_lerp_([*self.shadow.values()], live, 1 - self.decay)
 
     @torch.no_grad()
     def swap(self) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from clipgraft.run import Run
+    from clipgraft.runner import Run
     from clipgraft.stage import Stage
 
 

@@ -12,7 +12,7 @@ from clipgraft.errors import PluginError
 from clipgraft.manifests import HookManager, one_line
 
 if TYPE_CHECKING:
-    from clipgraft.run import Run
+    from clipgraft.runner import Run
     from clipgraft.stage import Stage, StageResult
     from clipgraft.types import Batch, StepOutput
 

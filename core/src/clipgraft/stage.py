@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from clipgraft.config.schema import TrainConfig
     from clipgraft.data.base import Source
     from clipgraft.encoders.base import Encoder
-    from clipgraft.run import Run
+    from clipgraft.runner import Run
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from clipgraft.state import TrainState, rng_state, set_rng_state
 from clipgraft.types import Batch, StepOutput, widened
 
 if TYPE_CHECKING:
-    from clipgraft.run import Run
+    from clipgraft.runner import Run
 
 
 class Step(nn.Module):
@@ -202,7 +202,8 @@ class Trainer:
         params = [p for p in stage.parameters() if p.requires_grad]
         if self.config.clip_norm is None:
             return None
-        return run.accelerator.clip_grad_norm_(params, self.config.clip_norm)
+        norm: Tensor = run.accelerator.clip_grad_norm_(params, self.config.clip_norm)
+        return norm
 
     @staticmethod
     def _refuse_dead_parameters(stage: TrainStage) -> None:

@@ -49,12 +49,12 @@ class ImageFeatures:
         """(B, W, h, w): the patch tokens as a feature map."""
         if self.tokens is None or self.grid is None:
             raise ValueError("no patch tokens here; ask for them with FeatureRequest(tokens=True)")
-        return self.tokens.transpose(1, 2).unflatten(2, self.grid)
+        return self.tokens.transpose(1, 2).reshape(len(self.tokens), -1, *self.grid)
 
 
 @dataclass(frozen=True, slots=True)
 class TextFeatures:
-    """Text tower output: ``pooled`` (B, D) not normalised; ``tokens`` (B, L, W); ``mask`` (B, L), true on real tokens."""
+    """Text tower output: ``pooled`` (B, D) not normalised; ``tokens`` (B, L, W); ``mask`` (B, L) of real tokens."""
 
     pooled: Tensor
     tokens: Tensor | None = None
@@ -99,10 +99,11 @@ class Batch:
         """The rows of ``rows``, as a batch (used to split a batch into chunks)."""
 
         def take(value: Any) -> Any:
-            return {k: v[rows] for k, v in value.items()} if isinstance(value, dict) else value[rows]
+            if isinstance(value, dict):
+                return {k: v[rows] for k, v in value.items()}
+            return None if value is None else value[rows]
 
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{name: None if value is None else take(value) for name, value in values.items()})
+        return replace(self, **{f.name: take(getattr(self, f.name)) for f in fields(self)})
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from PIL import Image
 from clipgraft.checkpoint import open_export, write_export
 from clipgraft.errors import InputError
 from clipgraft.registry import Registry
-from clipgraft.run import run_recipe
+from clipgraft.execution import run_recipe
 from clipgraft.testing.tiny import tiny_clip
 
 REGISTRY = Registry.discover(allow=["diffusion"])

@@ -27,7 +27,8 @@ def demo(
         states = ", ".join(f"{name} ({status.get(name, 'not installed')})" for name in idle)
         packages = " ".join(f"clipgraft-{name}" for name in idle)
         raise InputError(f'the demo needs {states}: pip install {packages}, or in a checkout pip install ".[all]"')
-    from clipgraft.run import flat, run_recipe
+    from clipgraft.execution import run_recipe
+    from clipgraft.runner import flat
 
     result = run_recipe(RECIPE, out=out)
     measured = json_format.loads((result.run / "evaluations.json").read_text("utf-8"))

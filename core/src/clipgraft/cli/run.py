@@ -30,7 +30,7 @@ def run(
     """Run a recipe, e.g. clipgraft run core/finetune --set model.from=DIR --set data.from=csv:pairs.csv"""
     if resume is not None and (recipe is not None or out is not None):
         raise InputError("--resume DIR knows its recipe and directory; leave RECIPE and --out out")
-    from clipgraft.run import run_recipe
+    from clipgraft.execution import run_recipe
 
     with redirect_stdout(sys.stderr):  # whatever libraries print
         result = run_recipe(

@@ -72,7 +72,9 @@ class ModelConfig(Config):
 class DataConfig(Config):
     """Training data."""
 
-    from_: str = Field(alias="from", description="folder:DIR, csv:FILE, or a registered dataset (plugin/name?key=value)")
+    from_: str = Field(
+        alias="from", description="folder:DIR, csv:FILE, or a registered dataset (plugin/name?key=value)"
+    )
     max_bad: float = Field(0.01, ge=0, le=1, description="share of unreadable samples above which the run fails")
     workers: int = Field(0, ge=0, description="data worker processes per rank")
     max_pixels: int = Field(100_000_000, gt=0, description="larger images are refused as decompression bombs [pixels]")
@@ -93,7 +95,9 @@ class TrainConfig(Config):
     warmup: int = Field(0, ge=0, description="linear warm-up [steps]")
     layer_decay: float = Field(1.0, gt=0, le=1, description="learning rate factor per tower block from the top")
     clip_norm: float | None = Field(1.0, gt=0, description="gradient L2 norm limit; null switches it off")
-    accumulate: int = Field(1, gt=0, description="chunks per optimizer step; batch-coupled losses use the feature cache")
+    accumulate: int = Field(
+        1, gt=0, description="chunks per optimizer step; batch-coupled losses use the feature cache"
+    )
     ema: float | None = Field(None, gt=0, lt=1, description="decay per step of averaged weights, exported when set")
     log_every: int = Field(10, gt=0, description="[steps]")
     save_every: int = Field(0, ge=0, description="resume state every n steps; 0 saves only on a stop request [steps]")

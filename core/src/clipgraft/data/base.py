@@ -69,7 +69,7 @@ class PairSource(Protocol):
     def __getitem__(self, index: int) -> Pair: ...
 
 
-class BadSample(Exception):  # noqa: N818 - it names a sample, the loader decides whether it is an error
+class BadSample(Exception):
     """One sample can't be read; ``reason`` is one short line without the path."""
 
     def __init__(self, sample_id: str, reason: str) -> None:

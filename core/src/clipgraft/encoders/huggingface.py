@@ -256,7 +256,7 @@ def _tower_config(blocks: Any, *, width: int, model_type: str) -> dict[str, Any]
 
 def write_huggingface(encoder: Encoder, folder: Path) -> Path:
     """Write config.json, model.safetensors, preprocessor_config.json and the tokenizer's files into ``folder``."""
-    from clipgraft.checkpoint import atomic_folder, save_tensors
+    from clipgraft.files import whole_folder, write_tensors
 
     kind, state, text, pre = _kind(encoder), huggingface_state(encoder), _text_tower(encoder), encoder.preprocess
     if pre.size[0] != pre.size[1] or pre.resize_mode == "longest":
@@ -277,10 +277,10 @@ def write_huggingface(encoder: Encoder, folder: Path) -> Path:
     processor |= {"do_center_crop": crop, "crop_size": square, "resample": PILLOW[pre.interpolation]}
     processor |= {"size": {"shortest_edge": pre.size[0]} if crop else square}
     processor |= {"image_mean": list(pre.mean), "image_std": list(pre.std)}
-    with atomic_folder(Path(folder), marker="config.json") as draft:
+    with whole_folder(Path(folder), marker="config.json") as draft:
         write_json(draft / "config.json", config)
         write_json(draft / "preprocessor_config.json", processor)
-        save_tensors(state, draft / "model.safetensors")
+        write_tensors(draft / "model.safetensors", state)
         if encoder.data.tokenizer is not None:
             encoder.data.tokenizer.save(str(draft))
     return Path(folder)

@@ -51,7 +51,7 @@ class RunRecord:
 
     def samples(self, when: str, evaluator: str) -> tuple[Record, ...]:
         """Per-sample records of one evaluator "before" or "after"; empty when it kept none."""
-        name = evaluator.replace("/", "-").replace("@", "--")  # as clipgraft.run names the file
+        name = evaluator.replace("/", "-").replace("@", "--")  # as clipgraft.runner names the file
         return read_lines(self.path / "evaluation" / when / f"{name}.jsonl")
 
     def data_of(self, evaluator: str) -> str | None:

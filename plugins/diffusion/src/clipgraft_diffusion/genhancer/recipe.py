@@ -15,7 +15,7 @@ from clipgraft.encoders.base import Encoder
 from clipgraft.errors import InputError
 from clipgraft.evaluation.features import EncoderFeatures
 from clipgraft.recipe import StagePlan
-from clipgraft.run import Run
+from clipgraft.runner import Run
 from clipgraft_diffusion.anchor import Anchor
 from clipgraft_diffusion.condition import GlobalCondition
 from clipgraft_diffusion.denoiser import FluxDenoiser, rope_axes

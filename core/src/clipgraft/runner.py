@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
 import random
-import signal
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,41 +17,16 @@ from clipgraft import distributed, files
 from clipgraft.config.schema import EvaluatorRef, RunConfig
 from clipgraft.data.loader import TrainLoader
 from clipgraft.encoders.base import Encoder
-from clipgraft.errors import ClipgraftError, InputError, Interrupted
+from clipgraft.errors import ClipgraftError, InputError
 from clipgraft.log import RunLog
-from clipgraft.recipe import Recipe, StagePlan
-from clipgraft.registry import Registered, Registry, current
+from clipgraft.recipe import StagePlan
+from clipgraft.registry import Registered, Registry
 from clipgraft.runhooks import RunHooks
 from clipgraft.stage import Stage, StageResult, TrainStage
 
 if TYPE_CHECKING:
-    from clipgraft.data.base import PairSource, Source
+    from clipgraft.data.base import Source
     from clipgraft.evaluation.base import Evaluation
-
-LIBRARIES = ("clipgraft", "torch", "torchvision", "accelerate", "open_clip_torch", "safetensors", "numpy", "pillow")
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What ``run_recipe`` returns; ``metrics`` are those measured after the run, "evaluator.metric" -> value."""
-
-    run: Path
-    export: Path | None
-    status: str
-    steps: int
-    metrics: dict[str, float]
-    seconds: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return {
-            "run": str(self.run),
-            "export": None if self.export is None else str(self.export),
-            "status": self.status,
-            "steps": self.steps,
-            "metrics": self.metrics,
-            "seconds": round(self.seconds, 2),
-        }
 
 
 @dataclass
@@ -79,7 +47,11 @@ class Run:
         self.accelerator = distributed.make_accelerator(
             self.config.precision, trackers=self.config.trackers, folder=self.path
         )
-        self.is_main, self.device, self.seed = self.accelerator.is_main_process, self.accelerator.device, self.config.seed
+        self.is_main, self.device, self.seed = (
+            self.accelerator.is_main_process,
+            self.accelerator.device,
+            self.config.seed,
+        )
         self.log.is_main = self.is_main
 
     # -- what stages ask for -------------------------------------------------------------------------------------
@@ -114,7 +86,7 @@ class Run:
         source = open_source(reference, registry=self.registry, max_pixels=self.config.data.max_pixels)
         if hasattr(source, "patterns"):
             raise InputError(f"{reference} holds minimal pairs; training needs images (folder:, csv: or a dataset)")
-        return source  # type: ignore[return-value]
+        return source
 
     def train_source(self) -> Source:
         """The source of ``config.data``."""
@@ -206,13 +178,17 @@ class Run:
     def track(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
         """Send numbers to the trackers."""
         if self.config.trackers:
-            self.accelerator.log({f"{stage}/{k}": v for k, v in values.items() if isinstance(v, int | float)}, step=step)
+            self.accelerator.log(
+                {f"{stage}/{k}": v for k, v in values.items() if isinstance(v, int | float)}, step=step
+            )
 
     # -- resuming ------------------------------------------------------------------------------------------------
 
     def save_hooks(self, stage: Stage) -> dict[str, Any]:
         """Each hook's own entry for the resume state, by hook name."""
-        return {name: self.hooks.call_one(name, "on_save", run=self, stage=stage) for name in self.hooks.names("on_save")}
+        return {
+            name: self.hooks.call_one(name, "on_save", run=self, stage=stage) for name in self.hooks.names("on_save")
+        }
 
     def load_hooks(self, stage: Stage, state: Mapping[str, Any]) -> None:
         """Give every hook its entry back."""
@@ -268,191 +244,10 @@ class Run:
 
 
 def shipped(result: StageResult) -> dict[str, Any]:
-    """The components that belong into the export: those that say in ``registered`` = (name, config) who rebuilds them."""
+    """The components that belong into the export: they say in ``registered`` = (name, config) who rebuilds them."""
     return {name: module for name, module in result.components.items() if hasattr(module, "registered")}
 
 
 def flat(evaluations: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """{"core/pairs": {"mean": .3}} -> {"core/pairs.mean": .3}."""
     return {f"{name}.{metric}": value for name, metrics in evaluations.items() for metric, value in metrics.items()}
-
-
-def run_recipe(
-    recipe: str | None = None,
-    *,
-    configs: Sequence[Path] = (),
-    overrides: Sequence[str] | Mapping[str, Any] = (),
-    out: Path | str | None = None,
-    resume: Path | str | None = None,
-    seed: int | None = None,
-    dry_run: bool = False,
-    registry: Registry | None = None,
-) -> Result:
-    """Run ``RECIPE[:PRESET]`` with overrides ("a.b=c" strings or a mapping) into ``out``, or continue ``resume``.
-
-    Raises ``InputError`` for bad input before any work, ``Interrupted`` after a stop request with the state saved.
-    """
-    from clipgraft.config.load import load_recipe, load_run
-
-    registry = registry or current()
-    if resume is not None:
-        path = Path(resume)
-        if overrides or configs or seed is not None:
-            raise InputError("--resume continues a run as it was configured; start a new run to change settings")
-        registered, config = load_run(path, registry=registry)
-    else:
-        if recipe is None:
-            raise InputError("name a recipe, such as genhancer:tiny (clipgraft list recipes), or --resume DIR")
-        changes = list(overrides) if not isinstance(overrides, Mapping) else [f"{k}={json.dumps(v)}" for k, v in overrides.items()]
-        changes += [] if seed is None else [f"seed={seed}"]
-        registered, config = load_recipe(recipe, files=configs, overrides=changes, registry=registry)
-        path = Path(out) if out is not None else _new_folder(registered.name)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    registry.requires(list(config.requires))
-    plan_maker: Recipe = registry.resolve(registered.component.target)(config)
-    run = Run(path=path, config=config, recipe=registered, registry=registry, log=RunLog())
-    if problems := plan_maker.check(run):
-        raise InputError("; ".join(problems))
-    if dry_run:
-        for stage in plan_maker.plan():
-            run.log.info(f"would run stage {stage.name}")
-        return Result(path, None, "dry-run", 0, {}, 0.0)
-    _prepare_folder(run, resuming=resume is not None)
-    return _execute(run, plan_maker)
-
-
-def _execute(run: Run, recipe: Recipe) -> Result:
-    from clipgraft.checkpoint import write_export
-
-    began, stages = time.monotonic(), recipe.plan()
-    run._plan = [p.name for p in stages]
-    for node in run.config.hooks:
-        run.hooks.register(run.registry.build("run-hook", node.use, node.settings), node.use)
-    if run.config.trackers:
-        run.accelerator.init_trackers(run.recipe.name.replace("/", "-"))
-    try:
-        with _stop_on_signals(run):
-            run.status("running")
-            run.hooks.call("on_run_start", run=run)
-            run.measure("before")
-            left: dict[str, torch.nn.Module] = {}
-            for plan in stages:
-                left |= shipped(_run_stage(run, plan))
-            metrics = run.measure("after")
-            export = run.path / "export"
-            if run.is_main:
-                run.log.info(f"writing {export}")
-                write_export(run.encoder, export, components=left, lineage=run.lineage(), card=model_card(run, metrics))
-            distributed.barrier()
-    except BaseException as error:
-        stopped = isinstance(error, Interrupted)
-        run.status("interrupted" if stopped else "failed", error=f"{type(error).__name__}: {error}")
-        run.hooks.call("on_error", run=run, error=error)
-        raise
-    finally:
-        run.hooks.call("on_run_end", run=run)
-        if run.config.trackers:
-            run.accelerator.end_training()
-    seconds = time.monotonic() - began
-    steps = sum(_steps(run.stage_folder(p.name) / "metrics.jsonl") for p in stages)
-    run.status("done", seconds=round(seconds, 2), steps=steps)
-    return Result(run.path, export, "done", steps, metrics, seconds)
-
-
-def _run_stage(run: Run, plan: StagePlan) -> StageResult:
-    """Build and run one stage, or take up what it left when it ended in an earlier process."""
-    if run.finished(plan.name):
-        run.log.info(f"{plan.name}: already done")
-        result = run.left_by(plan.name)
-        run.encoder = result.encoder or run.encoder
-        return result
-    run.seed_stage(plan.name)
-    stage = plan.build(run)
-    run.hooks.call("on_stage_start", run=run, stage=stage)
-    result = stage.run(run)
-    run.keep(plan, result)
-    run.hooks.call("on_stage_end", run=run, stage=stage, result=result)
-    return result
-
-
-@contextmanager
-def _stop_on_signals(run: Run) -> Iterator[None]:
-    """SIGINT and SIGTERM set a flag that the trainer reads at the next step; a second one ends the process at once."""
-
-    def handle(number: int, _frame: Any) -> None:
-        if run.stop_requested:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        run.stop_requested = True
-
-    try:
-        old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: the caller's signals stay the caller's
-        old = {}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-def _new_folder(recipe: str) -> Path:
-    base = Path("runs") / recipe.split("/")[-1]
-    taken = [int(p.name.rsplit("-", 1)[-1]) for p in base.parent.glob(f"{base.name}-*") if p.name.rsplit("-", 1)[-1].isdigit()]
-    return base.with_name(f"{base.name}-{max(taken, default=0) + 1}")
-
-
-def _prepare_folder(run: Run, *, resuming: bool) -> None:
-    """Create the run directory and write what describes the run; a new run never overwrites another."""
-    if run.is_main:
-        if not resuming and run.path.exists() and any(run.path.iterdir()):
-            raise InputError(f"{run.path} is not empty; continue it with --resume {run.path}, or choose another --out")
-        try:
-            run.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"can't create {run.path}: {error.strerror}; choose a writable --out") from error
-        run.log.path = run.path / "log.txt"
-        if not resuming:
-            from clipgraft.config.load import dump_yaml
-
-            files.write_text(run.path / "config.yaml", dump_yaml(run.config))
-            files.write_text(run.path / "command.txt", " ".join(sys.argv) + "\n")
-        files.write_json(run.path / "env.json", environment(run))
-        files.write_json(run.path / "plugins.json", run.registry.freeze())
-    distributed.barrier()
-
-
-def environment(run: Run) -> dict[str, Any]:
-    """Versions and hardware, to tell why two runs differ."""
-    versions = {}
-    for name in LIBRARIES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": str(run.device),
-        "processes": distributed.world_size(),
-        "threads": torch.get_num_threads(),
-        "versions": versions,
-    }
-
-
-def model_card(run: Run, metrics: Mapping[str, float]) -> str:
-    """README.md of the export: what it is, what was done, what was measured."""
-    before = run.measure("before")
-    rows = "".join(f"| {name} | {before.get(name, float('nan')):.4f} | {value:.4f} |\n" for name, value in metrics.items())
-    table = f"\n| metric | before | after |\n|---|---|---|\n{rows}" if rows else "\nNothing was measured in this run.\n"
-    paper = f"\nMethod: {run.recipe.component.paper}\n" if run.recipe.component.paper else ""
-    return (
-        f"# {run.recipe.name} on {run.config.model.from_}\n\n{run.recipe.component.summary}\n{paper}"
-        f"\nData: `{run.config.data.from_}`. Seed {run.seed}.\n{table}"
-    )
-
-
-def _steps(path: Path) -> int:
-    lines = path.read_text("utf-8").splitlines() if path.exists() else []
-    return int(json.loads(lines[-1])["step"]) if lines else 0
