@@ -127,7 +127,7 @@ def test_errors_are_one_line_and_an_exit_code(cli: Cli, plugin: Path) -> None:
         (["run", "finetune"], "not set: model.from, data.from; give each with --set"),
         (["run", "finetune", "--config", "absent.yaml"], "can't read absent.yaml"),
         (["config", "show", "finetune", "--set", "train.lr"], "write KEY=VALUE"),
-        (["eval", "absent/model", "--on", "zero-shot", "--data", "folder:x"], "unknown encoder 'absent/model'"),
+        (["eval", "absent/model", "--on", "zero-shot", "--data", "folder:x"], "unknown model 'absent/model'"),
     ],
 )
 def test_bad_input_ends_with_2(cli: Cli, args: list[str], message: str) -> None:

@@ -42,6 +42,7 @@ class Run:
     hooks: RunHooks = field(default_factory=RunHooks)
     _encoder: Encoder | None = None
     _plan: list[str] = field(default_factory=list)
+    _classifiers: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.accelerator = distributed.make_accelerator(
@@ -142,6 +143,7 @@ class Run:
                 default_data=settings.data,
                 batch_size=settings.batch_size,
                 log=self.log,
+                classifiers=self._classifiers,
             )
 
     def measure(self, when: str) -> dict[str, float]:

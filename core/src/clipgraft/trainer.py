@@ -122,6 +122,8 @@ class Trainer:
                 if stop:
                     raise Interrupted(f"stopped in {stage.name} after step {done}; continue with --resume {run.path}")
         accelerator.free_memory()
+        if loader.bad.count:
+            run.log.info(f"{stage.name}: {loader.bad}")
         average.swap() if average else None
         stage.eval()
         return StageResult(stage.current_encoder(), stage.components(), stage.final_metrics())

@@ -185,7 +185,7 @@ def test_random_architecture_has_open_clips_defaults() -> None:
         ),
         ("open_clip:", "names nothing"),
         ("./nowhere", "nothing opens './nowhere'"),
-        ("nobody/clip", "unknown encoder 'nobody/clip'"),
+        ("nobody/clip", "unknown model 'nobody/clip'"),
     ],
 )
 def test_references_that_lead_nowhere(uri: str, message: str, registry: Registry) -> None:

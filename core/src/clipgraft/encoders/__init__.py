@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clipgraft.errors import InputError
+from clipgraft.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
     from clipgraft.config.schema import Node
@@ -39,7 +39,13 @@ def load(uri: str, *, registry: Registry | None = None) -> Encoder:
         raise InputError(
             f"nothing opens {uri!r}; expected a folder with clipgraft.json, open_clip_config.json or config.json"
         )
-    return encoder if encoder is not None else registry.build("encoder", uri, {})
+    if encoder is not None:
+        return encoder
+    names = [found.name for found in registry.list("encoder")]
+    if not registered and uri not in {name.rpartition("/")[2] for name in names}:
+        hint = f"{registry.hint(uri)} Or give a folder, open_clip:ARCH[/TAG] or hf:ORG/NAME.".strip()
+        raise unknown_name("model", uri, names, hint=hint)
+    return registry.build("encoder", uri, {})  # type: ignore[no-any-return]
 
 
 def _open_directory(folder: Path, *, uri: str, registry: Registry | None = None) -> Encoder | None:
