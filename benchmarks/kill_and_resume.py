@@ -51,7 +51,7 @@ def main() -> int:
     parser.add_argument("--signals", default="kill", help="comma-separated: kill, term, int")
     parser.add_argument("--most-kills", type=int, default=2, help="kills per trial")
     parser.add_argument("--out", type=Path, default=Path("runs/kill"))
-    parser.add_argument("arguments", nargs="+", help="what follows clipgraft run")
+    parser.add_argument("arguments", nargs="*", default=["genhancer:tiny"], help="what follows clipgraft run")
     options = parser.parse_args()
     shutil.rmtree(options.out, ignore_errors=True)
     options.out.mkdir(parents=True)
