@@ -33,8 +33,7 @@ def demo(
     result = run_recipe(RECIPE, out=out)
     measured = json_format.loads((result.run / "evaluations.json").read_text("utf-8"))
     before, after = flat(measured["before"]), flat(measured["after"])
-    page = engine("report").write_report(result.run)
-    seconds = time.monotonic() - began
+    page, seconds = engine("report").write_report(result.run), time.monotonic() - began
     if json:
         paths = {"export": str(result.export), "report": str(page)}
         return emit({"before": before, "after": after, **paths, "seconds": round(seconds, 1)})
