@@ -240,6 +240,19 @@ def test_data_references_have_settings_that_exist(page: Path, registry: Registry
             assert key in cls.model_fields, f"{page.name}: {name} has no setting {key}"
 
 
+def test_pretrained_models_that_are_mentioned_would_open() -> None:
+    """Architecture and tag are known to open_clip and belong together; nothing is downloaded."""
+    import open_clip
+
+    from clipgraft.encoders.openclip import quickgelu_advice
+
+    found = {m for page in PAGES for m in re.findall(r"open_clip:([A-Z][\w-]*\d[\w-]*)/(\w+)", page.read_text("utf-8"))}
+    assert found
+    for arch, tag in found:
+        assert (arch, tag) in open_clip.list_pretrained(), f"open_clip:{arch}/{tag}"
+        assert not quickgelu_advice(arch, tag)
+
+
 @every_page
 def test_files_that_are_mentioned_exist(page: Path) -> None:
     for text in inline(page):
