@@ -113,24 +113,27 @@ def ridge_probe(
 
 
 @functools.cache
-def _exam(split: Split, per_pattern: int, blocks: int) -> tuple[Album, Pairs, Album]:
-    return (
-        album(split, blocks=blocks, seed=1),
-        minimal_pairs(split, per_pattern=per_pattern, size=IMAGE_SIZE),
-        album("train", blocks=16, seed=2),
-    )
+def _exam(split: Split, per_pattern: int, blocks: int) -> tuple[Album, Pairs]:
+    return album(split, blocks=blocks, seed=1), minimal_pairs(split, per_pattern=per_pattern, size=IMAGE_SIZE)
+
+
+@functools.cache
+def _lesson() -> Album:
+    """What probes are fitted to: 4,096 training pictures that no tower was trained on."""
+    return album("train", blocks=16, seed=2)
 
 
 def measure(
     clip: nn.Module, split: Split, *, per_pattern: int = 200, blocks: int = 12, probes: bool = True
 ) -> dict[str, float]:
     """Every number of the manifest on one split; `pair/x`, `detail/x`, `probe/x` and `tokens/x` are per detail."""
-    exam, pairs, lesson = _exam(split, per_pattern, blocks)
+    exam, pairs = _exam(split, per_pattern, blocks)
     table = statements(clip)
     seen = see_all(clip, exam.pixels)
     first, second = see_all(clip, pairs.first).pooled, see_all(clip, pairs.second).pooled
     result = _scores(seen.pooled, first, second, exam, pairs, table)
     if probes:
+        lesson = _lesson()
         known = see_all(clip, lesson.pixels)
         labels, truth = ({d.name: book.scene.value(d.name) for d in DETAILS} for book in (lesson, exam))
         pooled = ridge_probe(known.pooled, seen.pooled, labels=labels, truth=truth)
@@ -146,7 +149,7 @@ def measure_oracle(
     know: Callable[[Scene], Tensor], clip: nn.Module, split: Split, *, per_pattern: int = 200, blocks: int = 12
 ) -> dict[str, float]:
     """The same scores for an image side that maps scenes to unit embeddings (n, D): the text tower's own ceiling."""
-    exam, pairs, _ = _exam(split, per_pattern, blocks)
+    exam, pairs = _exam(split, per_pattern, blocks)
     return _scores(know(exam.scene), know(pairs.first_scene), know(pairs.second_scene), exam, pairs, statements(clip))
 
 

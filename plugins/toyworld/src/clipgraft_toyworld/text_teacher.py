@@ -22,7 +22,7 @@ from clipgraft_toyworld.tokenizer import CONTEXT_LENGTH, encode, save_tokenizer,
 from clipgraft_toyworld.train_text import contrast
 from clipgraft_toyworld.world import Scene, generator, sample_scene
 
-STEPS, BATCH = 500, 128
+STEPS, BATCH = 300, 128
 TEACHER_WIDTH = 128
 
 
