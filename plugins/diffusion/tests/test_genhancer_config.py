@@ -1,13 +1,15 @@
 from importlib import resources
 
 import pytest
-import yaml
 from pydantic import ValidationError
 
+from clipgraft.config.load import load_recipe
+from clipgraft.registry import Registry
 from clipgraft_diffusion.flow import LogitNormal, Uniform
 from clipgraft_diffusion.genhancer.config import FlowConfig, GenHancerConfig
 from clipgraft_diffusion.genhancer.recipe import GenHancer
 
+REGISTRY = Registry.discover(allow=["diffusion"])
 TRAIN = {"steps": 2, "batch_size": 4, "lr": 1e-3}
 BASE = {"model": {"from": "x"}, "data": {"from": "folder:y"}, "generator": {"train": TRAIN}, "clip": {"train": TRAIN}}
 PRESETS = sorted(p.name for p in resources.files("clipgraft_diffusion.recipes").iterdir() if p.name.endswith(".yaml"))
@@ -15,8 +17,10 @@ PAPER = [p for p in PRESETS if any(word in p for word in ("openai", "metaclip", 
 
 
 def preset(name):
-    values = yaml.safe_load(resources.files("clipgraft_diffusion.recipes").joinpath(name).read_text("utf-8"))
-    return GenHancerConfig(**{**{k: BASE[k] for k in ("model", "data")}, **values})
+    stem = name.removeprefix("genhancer").removeprefix("-").removesuffix(".yaml")
+    recipe = f"diffusion/genhancer:{stem}" if stem else "diffusion/genhancer"
+    given = [] if stem == "tiny" else ["data.from=folder:y", *([] if stem else ["model.from=x"])]
+    return load_recipe(recipe, overrides=given, registry=REGISTRY)[1]
 
 
 def config(**changes):

@@ -12,8 +12,8 @@ from PIL import Image
 
 from clipgraft.checkpoint import open_export, write_export
 from clipgraft.errors import InputError
-from clipgraft.registry import Registry
 from clipgraft.execution import run_recipe
+from clipgraft.registry import Registry
 from clipgraft.testing.tiny import tiny_clip
 
 REGISTRY = Registry.discover(allow=["diffusion"])
@@ -131,9 +131,9 @@ def test_vae_latent(world, tmp_path):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"denoiser.width": 33}, "multiple of denoiser.heads"),
+        ({"denoiser.width": 33}, "no multiple of"),
         ({"denoiser.width": 10}, "rotary"),
-        ({"latent.pool": 3}, "latent.pool 3"),
+        ({"latent.pool": 3}, "pool 3"),
         ({"latent.kind": "vae", "latent.vae": "./no-such-folder"}, "no-such-folder"),
         ({"latent.of": "no/such-model"}, "no/such-model"),
         ({"flow.low": 1.0}, "low"),

@@ -17,8 +17,9 @@ from clipgraft_diffusion.condition import GlobalCondition
 from clipgraft_diffusion.denoiser import FluxDenoiser
 from clipgraft_diffusion.feedback import Feedback
 from clipgraft_diffusion.flow import LogitNormal, Uniform
-from clipgraft_diffusion.genhancer.stages import ClipStage, GeneratorStage, Target, weight_drift
-from clipgraft_diffusion.latent import TokenLatent
+from clipgraft_diffusion.genhancer.stages import ClipStage, GeneratorStage, weight_drift
+from clipgraft_diffusion.latent import TokenLatent, VaeLatent
+from clipgraft_diffusion.target import TOKENS, Target
 
 TRAIN = TrainConfig(steps=2, batch_size=4, lr=1e-3)
 LORA = {"rank": 4, "alpha": 4.0, "towers": ("image",), "targets": ("q", "k", "v", "o", "mlp"), "biases": True}
@@ -96,12 +97,12 @@ def step(stage, lr=0.1):
 
 def test_g04_stage_1_trains_projectors_and_denoiser_only():
     stage = generator_stage()
-    before = stage.target.embed(pixels()).pooled
+    before = stage.target.look(pixels()).z
     grads = gradients(stage)
     with_grad = {name for name, g in grads.items() if g is not None}
     assert with_grad == {name for name in grads if name.startswith("feedback.")}
     step(stage)
-    assert torch.equal(stage.target.embed(pixels()).pooled, before)
+    assert torch.equal(stage.target.look(pixels()).z, before)
 
 
 def test_frozen_parts_stay_in_eval_mode_and_out_of_the_checkpoint():
@@ -176,7 +177,7 @@ def test_g08_text_outputs_are_bit_identical_after_a_step(tune):
 
 def test_g11_local_tokens_reach_the_condition_only_through_the_pooled_embedding():
     stage = generator_stage()
-    features = stage.target.embed(pixels())
+    features = stage.target.base.image(stage.target.base.preprocess.normalize(pixels()), TOKENS)
     condition = stage.feedback.condition
     told = condition(features.pooled)
     features.tokens.normal_()
@@ -197,7 +198,7 @@ def test_g17_logit_scale_and_bias_get_no_gradient():
 def test_gradient_passes_through_the_frozen_generator():
     stage = clip_stage(tune="full")
     z = torch.randn(4, stage.encoder.image.embed_dim, requires_grad=True)
-    x1 = stage.target.clean(pixels(), stage.target.embed(pixels()))
+    x1 = stage.target.look(pixels()).x1
     stage.feedback(z, x1).mean().backward()
     assert (z.grad.abs().sum(1) > 0).all()
 
@@ -218,17 +219,41 @@ def test_without_feedback_only_the_anchor_acts():
 
 def test_shuffled_control_gives_every_image_another_ones_latent():
     right, wrong = generator_stage(), generator_stage(shuffled=True)
-    x = pixels()
-    clean = right.target.clean(x, right.target.embed(x))
-    assert torch.equal(wrong.target.clean(x, wrong.target.embed(x)), clean.roll(1, 0))
+    seen, shuffled = right.target(batch()), wrong.target(batch())
+    assert torch.equal(shuffled.z, seen.z)
+    assert torch.equal(shuffled.x1, seen.x1.roll(1, 0))
 
 
 def test_a_foreign_towers_tokens_are_the_latent():
     base, other = tiny_clip().eval(), tiny_clip(seed=1, width=24).eval()
     target = Target(base, TokenLatent(other.image, like=other.image, preprocess=other.preprocess))
-    features = target.embed(pixels())
-    assert features.tokens is None
-    assert target.clean(pixels(), features).shape == (4, 16, 24)
+    seen = target.look(pixels())
+    torch.testing.assert_close(seen.z, base.image(base.preprocess.normalize(pixels())).pooled)
+    assert seen.x1.shape == (4, 16, 24)
+
+
+def test_remembering_changes_nothing_but_the_work():
+    for shuffled in (False, True):
+        plain, keeping = parts(shuffled=shuffled)[1], parts(shuffled=shuffled)[1]
+        keeping.remember = True
+        calls = []
+        keeping.base.image.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        for _ in range(3):
+            torch.testing.assert_close(keeping(batch()).x1, plain(batch()).x1)
+            torch.testing.assert_close(keeping(batch()).z, plain(batch()).z)
+        assert len(calls) == 1
+
+
+def test_sampled_latents_are_never_remembered():
+    latent = VaeLatent.__new__(VaeLatent)
+    torch.nn.Module.__init__(latent)
+    assert not Target(tiny_clip(), latent, remember=True).remember
+
+
+def test_without_a_latent_only_the_base_is_asked():
+    seen = Target(tiny_clip().eval(), None).look(pixels())
+    assert seen.z.shape == (4, 16)
+    assert seen.x1.numel() == 0
 
 
 def test_condition_gap_is_positive_when_the_generator_has_learnt_and_zero_when_it_is_deaf():

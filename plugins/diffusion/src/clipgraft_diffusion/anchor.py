@@ -20,6 +20,7 @@ class Anchor(nn.Module):
 
     def __init__(self, classes: Tensor | None, *, temperature: float = 100.0, learn_temperature: bool = False) -> None:
         super().__init__()
+        self.classes: Tensor | None
         self.register_buffer("classes", classes, persistent=False)
         self.temperature = temperature
         start = torch.tensor(float(temperature)).log()

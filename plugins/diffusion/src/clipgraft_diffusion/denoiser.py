@@ -1,4 +1,4 @@
-"""The light denoiser: a FLUX transformer of a few blocks with random weights (diffusers' ``FluxTransformer2DModel``)."""
+"""The light denoiser: a few FLUX blocks with random weights (diffusers' ``FluxTransformer2DModel``)."""
 
 from __future__ import annotations
 
@@ -30,9 +30,7 @@ class Fp32Linear(nn.Linear):
 def rope_axes(head_dim: int) -> tuple[int, int, int]:
     """Rotary dimensions of (constant, row, column): FLUX's (16, 56, 56) for 128, the nearest even split otherwise."""
     if head_dim % 2 or head_dim < 6:
-        raise ValueError(
-            f"a head of width {head_dim} can't hold three even rotary axes; use an even width of 6 or more"
-        )
+        raise ValueError(f"a head of width {head_dim} can't hold three even rotary axes; use an even width above 5")
     first = next(k for k in range(2, head_dim, 2) if 8 * k >= head_dim and (head_dim - k) % 4 == 0)
     return first, (head_dim - first) // 2, (head_dim - first) // 2
 

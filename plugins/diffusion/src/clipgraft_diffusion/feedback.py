@@ -24,13 +24,22 @@ class ConditionGap:
         """Relative rise of the loss; 0 means that the generator ignores what it is told."""
         return self.wrong / self.right - 1
 
+    def metrics(self) -> dict[str, float]:
+        """By name."""
+        return {"flow_right": self.right, "flow_wrong": self.wrong, "condition_gap": self.gap}
+
 
 class Feedback(nn.Module):
     """Projectors, denoiser and the rectified-flow objective: (z, clean latent) -> loss per sample."""
 
-    def __init__(self, condition: GlobalCondition, denoiser: FluxDenoiser, *, times: TimeLaw) -> None:
+    def __init__(
+        self, condition: GlobalCondition, denoiser: FluxDenoiser, *, times: TimeLaw, noise: float = 0.0
+    ) -> None:
         super().__init__()
-        self.condition, self.denoiser, self.times = condition, denoiser, times
+        self.condition: GlobalCondition = condition
+        self.denoiser: FluxDenoiser = denoiser
+        self.times: TimeLaw = times
+        self.noise = noise
 
     def forward(self, z: Tensor, x1: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Embedding z (B, D), clean latent x1 (B, N, C) -> losses (B,). Draws first t, then the noise."""
@@ -44,7 +53,7 @@ class Feedback(nn.Module):
 
     @torch.no_grad()
     def condition_gap(self, z: Tensor, x1: Tensor, *, seed: int = 0) -> ConditionGap:
-        """Does the generator listen? z (B, D), x1 (B, N, C) with B of 2 or more."""
+        """Does the generator listen? z (B, D), x1 (B, N, C); the gap is 0 for a single image."""
         t, x0 = self.draw(x1, torch.Generator(x1.device).manual_seed(seed))
         x_t, target, told = mix(x1, x0, t), velocity(x1, x0), self.condition(z)
         right, wrong = (flow_losses(self.denoiser(x_t, t, c), target).mean() for c in (told, told.rolled()))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,6 @@ from clipgraft.types import FeatureRequest, ImageFeatures
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from diffusers import AutoencoderKL
-
 TOKENS = FeatureRequest(tokens=True)
 
 
@@ -32,7 +30,7 @@ def pack(latent: Tensor) -> Tensor:
 
 def unpack(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """The inverse of ``pack`` for a token grid (h, w)."""
-    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid), 2)
+    return F.pixel_shuffle(tokens.transpose(1, 2).reshape(len(tokens), -1, *grid), 2)
 
 
 def packed_grid(size: tuple[int, int], *, factor: int = 8) -> tuple[int, int]:
@@ -49,14 +47,14 @@ def packed_grid(size: tuple[int, int], *, factor: int = 8) -> tuple[int, int]:
 
 
 class VaeLatent(nn.Module):
-    """A frozen autoencoder's latent at the encoder's own resolution, sampled (not its mean), scaled, shifted, packed.
+    """The latent of a frozen ``AutoencoderKL`` at the encoder's own resolution: sampled, scaled, shifted, packed.
 
     One crop serves CLIP and VAE: the VAE sees it as 2 * pixels - 1. Runs in fp32 outside autocast, as official.
     """
 
-    def __init__(self, vae: AutoencoderKL, *, size: tuple[int, int]) -> None:
+    def __init__(self, vae: Any, *, size: tuple[int, int]) -> None:
         super().__init__()
-        self.vae = vae.requires_grad_(False).eval()
+        self.vae: Any = vae.requires_grad_(False).eval()
         self.grid = packed_grid(size, factor=2 ** (len(vae.config.block_out_channels) - 1))
         self.channels = 4 * int(vae.config.latent_channels)
         self.scale = float(vae.config.scaling_factor)
@@ -73,13 +71,11 @@ class VaeLatent(nn.Module):
 def vae_problem(name: str, subfolder: str | None) -> str | None:
     """Why this autoencoder can't be opened, as far as can be seen without the network; None when nothing speaks so."""
     if (folder := _local(name, subfolder)) is not None:
+        if (folder / "config.json").is_file():
+            return None
         return (
-            None
-            if (folder / "config.json").is_file()
-            else (
-                f"latent.vae: {name} holds no diffusers autoencoder (no config.json); give a directory saved by diffusers, "
-                "or set latent.kind to tokens, which needs none"
-            )
+            f"latent.vae: {name} holds no diffusers autoencoder (no config.json); give one that does, or set "
+            "latent.kind to tokens, which needs none"
         )
     import huggingface_hub
 
@@ -93,16 +89,17 @@ def vae_problem(name: str, subfolder: str | None) -> str | None:
     return None
 
 
-def open_vae(name: str, subfolder: str | None) -> AutoencoderKL:
-    """An autoencoder from a local directory or a Hugging Face id, safetensors only."""
-    from diffusers import AutoencoderKL
+def open_vae(name: str, subfolder: str | None) -> Any:
+    """diffusers' ``AutoencoderKL`` from a local directory or a Hugging Face id, safetensors only."""
+    import diffusers
 
+    opener: Any = diffusers.AutoencoderKL
     if problem := vae_problem(name, subfolder):
         raise InputError(problem)
     local = _local(name, subfolder)
     where, inside = (name, subfolder) if local is None else (str(local), None)
     try:
-        return AutoencoderKL.from_pretrained(where, subfolder=inside, use_safetensors=True)
+        return opener.from_pretrained(where, subfolder=inside, use_safetensors=True)
     except OSError as error:
         raise InputError(
             f"latent.vae: {name} can't be opened ({str(error).splitlines()[0]}); accept its licence and log in, give a "
@@ -123,6 +120,8 @@ class Standardise(nn.Module):
 
     def __init__(self, tokens: int, channels: int) -> None:
         super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.zeros(tokens, channels))
         self.register_buffer("std", torch.ones(channels))
 
@@ -168,14 +167,16 @@ class TokenLatent(nn.Module):
 
     def from_features(self, features: ImageFeatures) -> Tensor:
         """Features with tokens -> (B, N, C)."""
-        return self.standardise(self.raw(features))
+        tokens: Tensor = self.standardise(self.raw(features))
+        return tokens
 
     @torch.no_grad()
     def forward(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Pixels (B, 3, H, W') in [0, 1] -> (B, N, C); ``generator`` is for latents that are sampled, these aren't."""
         if self.tower is None:
             raise ValueError("this latent is made from features that the caller computed; call from_features")
-        return self.from_features(self.tower(self.preprocess.normalize(pixels), TOKENS))
+        features: ImageFeatures = self.tower(self.preprocess.normalize(pixels), TOKENS)
+        return self.from_features(features)
 
 
 def token_grid(tower: ImageEncoder, *, pool: int) -> tuple[int, int]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from clipgraft.spec import Component, hookimpl
 
-GENHANCER = "Ma et al., GenHancer: Imperfect Generative Models are Secretly Strong Vision-Centric Enhancers, ICCV 2025, arXiv 2503.19480"
+GENHANCER = (
+    "Ma et al., GenHancer: Imperfect Generative Models are Secretly Strong Vision-Centric Enhancers, ICCV 2025, "
+    "arXiv 2503.19480"
+)
 
 
 @hookimpl
@@ -15,7 +18,7 @@ def clipgraft_recipes() -> list[Component]:
             name="genhancer",
             target="clipgraft_diffusion.genhancer.recipe:GenHancer",
             config="clipgraft_diffusion.genhancer.config:GenHancerConfig",
-            summary="A small generator that must restore images from CLIP's embedding alone teaches the tower to keep details",
+            summary="A small generator must restore images from CLIP's embedding: that teaches CLIP to keep details",
             needs=("diffusers>=0.36",),
             paper=GENHANCER,
             presets="clipgraft_diffusion.recipes",

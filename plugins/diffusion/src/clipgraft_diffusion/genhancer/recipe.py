@@ -22,9 +22,10 @@ from clipgraft_diffusion.denoiser import FluxDenoiser, rope_axes
 from clipgraft_diffusion.feedback import Feedback
 from clipgraft_diffusion.flow import TimeLaw
 from clipgraft_diffusion.genhancer.config import GenHancerConfig
-from clipgraft_diffusion.genhancer.stages import TOKENS, ClipStage, GeneratorStage, Target
+from clipgraft_diffusion.genhancer.stages import ClipStage, GeneratorStage
 from clipgraft_diffusion.latent import TokenLatent, VaeLatent, open_vae, packed_grid, token_grid, vae_problem
 from clipgraft_diffusion.source import Part, held_out_split
+from clipgraft_diffusion.target import TOKENS, Target
 
 
 class GenHancer:
@@ -42,9 +43,8 @@ class GenHancer:
         """Sizes that don't fit and files that aren't there, seen before any work."""
         c, problems = self.config, []
         if c.denoiser.width % c.denoiser.heads:
-            problems.append(
-                f"denoiser.width {c.denoiser.width} must be a multiple of denoiser.heads {c.denoiser.heads}"
-            )
+            wrong = f"denoiser.width {c.denoiser.width} is no multiple of denoiser.heads {c.denoiser.heads}"
+            problems.append(f"{wrong}; change one of them")
         else:
             problems += _said(lambda: rope_axes(c.denoiser.width // c.denoiser.heads))
         if not c.clip.weight:
@@ -53,7 +53,7 @@ class GenHancer:
             problems += [found for found in [vae_problem(c.latent.vae, c.latent.subfolder)] if found]
             problems += _said(lambda: packed_grid(run.encoder.preprocess.size))
         else:
-            problems += _said(lambda: token_grid(self._teacher(run).image, pool=c.latent.pool))
+            problems += _said(lambda: token_grid(self._teacher(run, run.encoder).image, pool=c.latent.pool))
         return problems
 
     # -- stages --------------------------------------------------------------------------------------------------
@@ -61,15 +61,16 @@ class GenHancer:
     def _generator(self, run: Run) -> GeneratorStage:
         c = self.config
         source, held = self._data(run, batch_size=c.generator.train.batch_size)
-        target = self._target(run)
-        if isinstance(target.latent, TokenLatent):
-            target.latent.standardise.estimate(self._raw_tokens(run, target.latent, target.base, source))
-        feedback = self._feedback(target, times=c.flow.build())
+        base = self._base(run)
+        latent = self._latent(run, base)
+        if isinstance(latent, TokenLatent):
+            latent.standardise.estimate(self._raw_tokens(run, latent, base, source))
+        feedback = self._feedback(base, latent, times=c.flow.build())
         return GeneratorStage(
             "generator",
             train=c.generator.train,
             source=source,
-            target=target,
+            target=self._target(base, latent),
             feedback=feedback,
             held_out=held,
             crop=c.crop,
@@ -78,21 +79,22 @@ class GenHancer:
     def _clip(self, run: Run) -> ClipStage:
         c = self.config
         source, held = self._data(run, batch_size=c.clip.train.batch_size)
-        target, feedback = self._target(run), None
+        base, latent, feedback = self._base(run), None, None
         if c.clip.weight:
-            feedback = self._feedback(target, times=(c.clip.flow or c.flow).build())
+            latent = self._latent(run, base)
+            feedback = self._feedback(base, latent, times=(c.clip.flow or c.flow).build())
             feedback.denoiser.load_state_dict(run.component("generator", "denoiser"))
             feedback.condition.load_state_dict(run.component("generator", "condition"))
-            if isinstance(target.latent, TokenLatent):
-                target.latent.standardise.load_state_dict(run.component("generator", "latent"))
+            if isinstance(latent, TokenLatent):
+                latent.standardise.load_state_dict(run.component("generator", "latent"))
         return ClipStage(
             "clip",
             train=c.clip.train,
             source=source,
             encoder=self._trainable(run),
-            target=target,
+            target=self._target(base, latent),
             feedback=feedback,
-            anchor=self._anchor(target.base, source) if c.clip.anchor.weight else None,
+            anchor=self._anchor(base, source) if c.clip.anchor.weight else None,
             held_out=held,
             train_generator=c.clip.trainable == "all",
             generator_lr=c.clip.generator_lr,
@@ -108,50 +110,53 @@ class GenHancer:
         source, held = held_out_split(run.train_source(), batch_size=batch_size)
         return source, torch.cat(list(_pixels(run, held)))
 
-    def _teacher(self, run: Run) -> Encoder:
+    def _base(self, run: Run) -> Encoder:
+        """The untouched encoder, with the grafts that the run started with (another image size, say)."""
+        return apply_grafts(run.base_encoder(), self.config.grafts, registry=run.registry)
+
+    def _teacher(self, run: Run, base: Encoder) -> Encoder:
         """The encoder whose tokens are the latent."""
         other = self.config.latent.of
         if other == "self":
-            return run.base_encoder()
-        teacher, size = run.open_encoder(other), run.encoder.preprocess.size
+            return base
+        teacher, size = run.open_encoder(other), base.preprocess.size
         if teacher.preprocess.size != size:
             raise InputError(
-                f"latent.of {other} takes images of {teacher.preprocess.size[0]} px, the model of {size[0]} px, but one "
-                "crop serves both; choose a teacher of the model's size"
+                f"latent.of {other} takes images of {teacher.preprocess.size[0]} px, the model of {size[0]} px, but "
+                "one crop serves both; choose a teacher of the model's size"
             )
         return teacher
 
-    def _target(self, run: Run) -> Target:
-        latent, base = self.config.latent, run.base_encoder()
-        made: VaeLatent | TokenLatent
-        if latent.kind == "vae":
-            made = VaeLatent(open_vae(latent.vae, latent.subfolder), size=base.preprocess.size)
-        else:
-            teacher = base if latent.of == "self" else self._teacher(run)
-            tower = None if teacher is base else teacher.image
-            made = TokenLatent(tower, like=teacher.image, preprocess=teacher.preprocess, pool=latent.pool)
-        return Target(base, made.to(run.device), shuffled=self.config.condition.shuffled)
+    def _latent(self, run: Run, base: Encoder) -> VaeLatent | TokenLatent:
+        """What is denoised, frozen; the statistics of tokens are still to be set."""
+        c = self.config.latent
+        if c.kind == "vae":
+            return VaeLatent(open_vae(c.vae, c.subfolder), size=base.preprocess.size).to(run.device)
+        teacher = self._teacher(run, base)
+        tower = None if teacher is base else teacher.image
+        return TokenLatent(tower, like=teacher.image, preprocess=teacher.preprocess, pool=c.pool).to(run.device)
 
-    def _feedback(self, target: Target, *, times: TimeLaw) -> Feedback:
-        c = self.config
-        condition = GlobalCondition(
-            target.base.image.embed_dim, vec_dim=c.condition.vec_dim, txt_dim=c.condition.txt_dim
-        )
+    def _target(self, base: Encoder, latent: VaeLatent | TokenLatent | None) -> Target:
+        return Target(base, latent, shuffled=self.config.condition.shuffled, remember=self.config.crop is None)
+
+    def _feedback(self, base: Encoder, latent: VaeLatent | TokenLatent, *, times: TimeLaw) -> Feedback:
+        c, d = self.config, self.config.denoiser
+        widths = {"vec_dim": c.condition.vec_dim, "txt_dim": c.condition.txt_dim}
         denoiser = FluxDenoiser(
-            target.latent.channels,
-            target.latent.grid,
-            width=c.denoiser.width,
-            heads=c.denoiser.heads,
-            depth=c.denoiser.depth,
-            single_depth=c.denoiser.single_depth,
-            vec_dim=c.condition.vec_dim,
-            txt_dim=c.condition.txt_dim,
-            guidance=c.denoiser.guidance,
-            prediction=c.denoiser.prediction,
-            positions=c.denoiser.positions,
+            latent.channels,
+            latent.grid,
+            width=d.width,
+            heads=d.heads,
+            depth=d.depth,
+            single_depth=d.single_depth,
+            guidance=d.guidance,
+            prediction=d.prediction,
+            positions=d.positions,
             compat=c.flow.compat,
-            checkpointing=c.denoiser.checkpointing,
+            checkpointing=d.checkpointing,
+            **widths,
         )
+        condition = GlobalCondition(base.image.embed_dim, **widths)
         return Feedback(condition, denoiser, times=times)
 
     def _trainable(self, run: Run) -> Encoder:
@@ -174,7 +179,7 @@ class GenHancer:
 
     @torch.no_grad()
     def _raw_tokens(self, run: Run, latent: TokenLatent, base: Encoder, source: Source) -> Iterator[Tensor]:
-        """Raw tokens of the first ``latent.samples`` images, in batches: the same for every process and every resume."""
+        """Raw tokens of the first ``latent.samples`` images, in batches: the same in every process and resume."""
         tower, count = latent.tower or base.image, min(self.config.latent.samples, len(source))
         for pixels in _pixels(run, Part(source, range(count))):
             yield latent.raw(tower(latent.preprocess.normalize(pixels), TOKENS))
