@@ -1,7 +1,7 @@
 """The optimizer of every model built here: Muon for matrices inside transformer blocks, AdamW for the rest.
 
-With AdamW alone the small ViT stays near chance on shapes for 50,000 images; with Muon and small batches it leaves it
-after 10,000 (measured on this world).
+After 25,600 pictures (400 steps of 64, one seed, `tune`) the image tower's coarse zero-shot is .63 with Muon and .30
+with AdamW alone, at learning rates 1e-3 and 3e-3 alike; the step costs a third more.
 """
 
 from __future__ import annotations
