@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from clipgraft import checkpoint, files
+from clipgraft import files
 from clipgraft.checkpoint import open_export, read_component, read_manifest, write_export
 from clipgraft.config.schema import GraftNode
 from clipgraft.encoders import apply_grafts, load
