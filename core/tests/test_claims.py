@@ -366,8 +366,8 @@ def test_without_their_plugins_demo_and_report_say_what_to_install(
 def test_the_demo_measures_runs_and_reports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run_recipe(recipe: str, *, out: Path) -> SimpleNamespace:
-        assert recipe == "diffusion/genhancer:tiny"
+    def run_recipe(recipe: str, *, out: Path, overrides: list[str]) -> SimpleNamespace:
+        assert (recipe, overrides) == ("diffusion/genhancer:tiny", ["threads=1"])
         out.mkdir()
         measured = {"before": {"core/pairs": {"mean": 0.2}}, "after": {"core/pairs": {"mean": 0.3, "skipped": 1.0}}}
         (out / "evaluations.json").write_text(json.dumps(measured))
