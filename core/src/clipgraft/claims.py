@@ -47,7 +47,10 @@ class Kept:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """One statement of one paper. ``budget``: seconds on two cores at three seeds; ``tried``: what didn't help."""
+    """One statement of one paper. ``budget``: seconds on two cores at three seeds; ``tried``: what didn't help.
+
+    Claims that name the same folder in ``shares`` take up each other's finished arms.
+    """
 
     name: str
     statement: str
@@ -60,6 +63,7 @@ class Claim:
     budget: float
     alpha: float = 0.05
     tried: str = ""
+    shares: str = ""
 
     def __post_init__(self) -> None:
         names = {arm.name for arm in self.arms if re.fullmatch(r"\w[\w.-]*", arm.name)} - {"before", "after"}
@@ -182,10 +186,10 @@ def check(
 
     A finished arm is reused while ``identity(job)`` is unchanged. ``seconds``: what the arms took, over the cores.
     """
-    jobs = {}
+    jobs, folder = {}, out / (claim.shares or claim.name)
     for k, arm in ((k, arm) for k in range(seeds) for arm in claim.arms):
         overrides = (*arm.overrides, f"model.from={claim.bases[k % len(claim.bases)]}")
-        jobs[arm.name, k] = Job(arm=arm, seed=k, overrides=overrides, folder=out / claim.name / f"seed-{k}" / arm.name)
+        jobs[arm.name, k] = Job(arm=arm, seed=k, overrides=overrides, folder=folder / f"seed-{k}" / arm.name)
     work = [(job, identity(job)) for job in jobs.values()]  # a mistake in a config shows before anything runs
     usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
     with ThreadPoolExecutor(cores := min(len(usable), len(work))) as pool:

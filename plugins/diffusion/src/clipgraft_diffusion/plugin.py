@@ -36,5 +36,12 @@ def clipgraft_claims() -> list[Component]:
             summary="Details become readable from the global embedding while zero-shot is kept",
             needs=("clipgraft-toyworld",),
             paper=GENHANCER,
-        )
+        ),
+        Component(
+            name="genhancer-pairs",
+            target="clipgraft_diffusion.genhancer.claims:PAIRS",
+            summary="Minimal pairs are told apart better by the untouched text tower",
+            needs=("clipgraft-toyworld",),
+            paper=GENHANCER,
+        ),
     ]

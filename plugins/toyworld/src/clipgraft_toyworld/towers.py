@@ -25,7 +25,7 @@ IMAGE_SIZE = 32
 MEAN = (0.45, 0.42, 0.40)
 STD = (0.30, 0.28, 0.29)
 SCALE = 60.0
-"""Inverse temperature of every contrast, fixed. A sharp one leaves the embeddings in a narrow cone, as real CLIP's are:
+"""Inverse temperature of every contrast, fixed. A sharp one leaves embeddings in a narrow cone, as in CLIP:
 
 cosines of about .7 between classes and .84-.90 between statements that differ in one detail (base 0). With a learnt
 scale that started at 20 they were about .05 and .5-.9, and at most .44 of the minimal pairs came closer than .95.

@@ -25,7 +25,7 @@ TEACHER_STEPS, TEACHER_BATCH = 600, 64
 ALIGN = 12.0
 """Weight of the distance to the caption in the lazy phase: what captions don't tell apart moves together, so that most
 
-minimal pairs come closer than .95 as in real CLIP: .92 of them, zero-shot .79; without it .59 and .86 (base 0, `tune`).
+minimal pairs come closer than .95 as in real CLIP: .92 of them, zero-shot .79; without it .59 and .86 (base 0, tune).
 """
 
 
