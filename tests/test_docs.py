@@ -256,7 +256,7 @@ def test_pretrained_models_that_are_mentioned_would_open() -> None:
 @every_page
 def test_files_that_are_mentioned_exist(page: Path) -> None:
     for text in inline(page):
-        if re.fullmatch(r"(core|plugins|tests|benchmarks|docs)/[\w./-]+", text) and "." in text.rpartition("/")[2]:
+        if re.fullmatch(r"(core|plugins|tests|benchmarks|docs)/[\w./-]+\.(py|md|yaml|toml|json|svg|png)", text):
             assert (ROOT / text).is_file(), f"{page.name} mentions {text}"
 
 
@@ -365,6 +365,14 @@ def test_the_plugins_of_the_pages_work(here: Path, page: Path, file: str, settin
         assert values and all(value >= 0 for value in values) and values[0] > 0
     else:
         assert len((result.run / "scale.txt").read_text("utf-8").splitlines()) == steps
+
+
+def test_the_python_example_of_the_readme_runs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = [b for b in blocks(ROOT / "README.md") if b.language == "python" and "clipgraft.run(" in b.text]
+    assert len([line for line in block.text.splitlines() if line]) <= 10
+    with use(Registry.discover(allow=PLUGINS, disable=[])):
+        exec(compile(block.text, "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("torch.Size([2, ")
 
 
 def shell(line: str) -> None:
