@@ -175,6 +175,20 @@ def test_finished_arms_are_reused_and_changed_ones_run_again(tmp_path: Path) -> 
     assert changed.arms["after"][PAIRS] == pytest.approx([0.21, 0.32]), "numbers of the new configuration"
 
 
+def test_claims_that_share_a_folder_take_up_each_others_arms(tmp_path: Path) -> None:
+    ran: list[tuple[str, int]] = []
+    first = check(claim(shares="fake/arms"), seeds=2, out=tmp_path, run_arm=fake_runner(ran), identity=identity)
+    ran.clear()
+    more = (*claim().controls, Arm(name="shuffled", recipe="fake/sharper:tiny", overrides=("shuffled=true",)))
+    second = claim(name="fake/steadier", controls=more, kept=(), shares="fake/arms")
+    found = check(second, seeds=2, out=tmp_path, run_arm=fake_runner(ran), identity=identity)
+    assert sorted(ran) == [("shuffled", 0), ("shuffled", 1)]
+    assert found.arms["anchor-only"][PAIRS] == first.arms["anchor-only"][PAIRS] and found.seconds > 0
+    ran.clear()
+    check(claim(name="fake/alone"), seeds=2, out=tmp_path, run_arm=fake_runner(ran), identity=identity)
+    assert len(ran) == 4, "a claim that shares nothing runs its own arms"
+
+
 def test_a_failure_between_two_configurations_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
     ran: list[tuple[str, int]] = []
     check(claim(), seeds=1, out=tmp_path, run_arm=fake_runner(ran), identity=identity)

@@ -47,10 +47,7 @@ class Kept:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """One statement of one paper. ``budget``: seconds on two cores at three seeds; ``tried``: what didn't help.
-
-    Claims that name the same folder in ``shares`` take up each other's finished arms.
-    """
+    """One statement of one paper. ``budget``: seconds on two cores at three seeds; ``tried``: what didn't help."""
 
     name: str
     statement: str
@@ -63,7 +60,7 @@ class Claim:
     budget: float
     alpha: float = 0.05
     tried: str = ""
-    shares: str = ""
+    shares: str = ""  # claims with the same folder name here take up each other's arms of the same name
 
     def __post_init__(self) -> None:
         names = {arm.name for arm in self.arms if re.fullmatch(r"\w[\w.-]*", arm.name)} - {"before", "after"}
