@@ -202,3 +202,33 @@ def test_two_processes_train_like_one(world, tmp_path):
     one, two = (open_export(tmp_path / name / "export").state_dict() for name in ("one", "two"))
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_a_tracker_receives_the_numbers(world, tmp_path):
+    pytest.importorskip("tensorboard")
+    run_recipe("finetune", overrides=settings(world, trackers=["tensorboard"]), out=tmp_path / "run", registry=REGISTRY)
+    (events,) = (tmp_path / "run").rglob("events.out.tfevents.*")
+    assert b"train/loss" in events.read_bytes()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_bf16_autocast_trains_fp32_weights(world, tmp_path, accumulate):
+    changes = {"precision": "bf16", "train.accumulate": accumulate}
+    result = run_recipe("finetune", overrides=settings(world, **changes), out=tmp_path / "run", registry=REGISTRY)
+    after, base = open_export(result.export), open_export(world / "clip")
+    assert {p.dtype for p in after.parameters()} == {torch.float32}
+    assert not torch.equal(after.image.tower.conv1.weight, base.image.tower.conv1.weight)
+    rows = [json.loads(line) for line in (result.run / "stages/00-train/metrics.jsonl").read_text().splitlines()]
+    assert all(0 < row["loss"] < 10 for row in rows)
+
+
+def test_evaluation_inside_a_stage_leaves_the_training_as_it_is(world, tmp_path):
+    data = f"csv:{world / 'pairs.csv'}"
+    measured = {"evaluate.on": [{"use": "core/retrieval"}], "evaluate.data": data, "train.evaluate_every": 2}
+    weights = []
+    for name, more in (("with", measured), ("without", {})):
+        result = run_recipe("finetune", overrides=settings(world, **more), out=tmp_path / name, registry=REGISTRY)
+        weights.append((result.export / "open_clip_model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    (line,) = (tmp_path / "with/stages/00-train/evaluations.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 2 and "core/retrieval.text_to_image_r1" in json.loads(line)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch import distributed as dist
 
@@ -25,6 +26,7 @@ def make_accelerator(precision: str, *, trackers: tuple[str, ...] = (), folder: 
         for name in trackers:
             if not present[name]():
                 raise InputError(f"trackers: {name} is not installed; pip install {name}, or remove it from trackers")
+    AcceleratorState._reset_state()  # another run of this process may have another precision; the process group stays
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(precision, precision),
         cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),

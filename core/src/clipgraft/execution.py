@@ -117,6 +117,8 @@ def _execute(run: Run, recipe: Recipe) -> Result:
             left: dict[str, torch.nn.Module] = {}
             for plan in stages:
                 left |= shipped(_run_stage(run, plan))
+                if run.config.evaluate.every_stage and plan is not stages[-1]:
+                    run.measure(f"after-{plan.name}")
             metrics = run.measure("after")
             export = run.path / "export"
             if run.is_main:

@@ -111,7 +111,7 @@ class EvaluateConfig(Config):
     on: tuple[EvaluatorRef, ...] = ()
     data: str | None = Field(None, description="default data reference of the evaluators")
     batch_size: int = Field(256, gt=0)
-    every_stage: bool = False
+    every_stage: bool = Field(False, description="measure between stages too")
 
 
 class RunConfig(Config):
