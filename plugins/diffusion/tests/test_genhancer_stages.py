@@ -274,6 +274,17 @@ def test_condition_gap_is_positive_when_the_generator_has_learnt_and_zero_when_i
     assert feedback.condition_gap(z, x1).gap == pytest.approx(0, abs=1e-6)
 
 
+def test_blur_is_bounded_scaled_by_the_embedding_and_off_without_a_draw():
+    feedback, z = parts()[2], 5 * torch.randn(2000, 16, generator=torch.Generator().manual_seed(0))
+    state = torch.get_rng_state()
+    assert feedback.blurred(z) is z
+    assert torch.equal(torch.get_rng_state(), state)
+    feedback.noise = 0.5
+    blur = feedback.blurred(z) - z
+    wanted = 0.5 * z.std(-1) * (1 / 3) ** 0.5  # root mean square of a uniform share
+    assert float(blur.square().mean().sqrt()) == pytest.approx(float(wanted.square().mean().sqrt()), rel=0.05)
+
+
 def test_weight_drift_is_the_relative_norm_of_the_change():
     base, moved = tiny_clip(), tiny_clip()
     assert weight_drift(moved, base) == 0

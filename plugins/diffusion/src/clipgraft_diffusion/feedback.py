@@ -30,7 +30,12 @@ class ConditionGap:
 
 
 class Feedback(nn.Module):
-    """Projectors, denoiser and the rectified-flow objective: (z, clean latent) -> loss per sample."""
+    """Projectors, denoiser and the rectified-flow objective: (z, clean latent) -> loss per sample.
+
+    Deviation: ``noise`` > 0 blurs the embedding by up to that many of its own standard deviations, a random share per
+    sample (none in the paper). A small generator otherwise reads details from directions in which the embedding hardly
+    varies; feedback then grows those directions, which the text tower doesn't know.
+    """
 
     def __init__(
         self, condition: GlobalCondition, denoiser: FluxDenoiser, *, times: TimeLaw, noise: float = 0.0
@@ -44,7 +49,14 @@ class Feedback(nn.Module):
     def forward(self, z: Tensor, x1: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Embedding z (B, D), clean latent x1 (B, N, C) -> losses (B,). Draws first t, then the noise."""
         t, x0 = self.draw(x1, generator)
-        return flow_losses(self.denoiser(mix(x1, x0, t), t, self.condition(z)), velocity(x1, x0))
+        return flow_losses(self.denoiser(mix(x1, x0, t), t, self.condition(self.blurred(z))), velocity(x1, x0))
+
+    def blurred(self, z: Tensor) -> Tensor:
+        """z (B, D) with noise on it; as it is when ``noise`` is 0, without a draw."""
+        if not self.noise:
+            return z
+        share = torch.rand(len(z), 1, device=z.device)
+        return z + self.noise * share * z.detach().std(-1, keepdim=True) * torch.randn_like(z)
 
     def draw(self, x1: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Noise levels (B,) and noise (B, N, C) for a batch of latents."""

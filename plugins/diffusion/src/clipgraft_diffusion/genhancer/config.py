@@ -84,6 +84,7 @@ class GeneratorConfig(Config):
     """Stage 1: CLIP frozen, projectors and denoiser trained from scratch."""
 
     train: TrainConfig
+    noise: float = Field(0.0, ge=0, description="most blur on the embedding, in its standard deviations; paper: none")
 
 
 class ClipConfig(Config):

@@ -66,6 +66,7 @@ class GenHancer:
         if isinstance(latent, TokenLatent):
             latent.standardise.estimate(self._raw_tokens(run, latent, base, source))
         feedback = self._feedback(base, latent, times=c.flow.build())
+        feedback.noise = c.generator.noise
         return GeneratorStage(
             "generator",
             train=c.generator.train,
