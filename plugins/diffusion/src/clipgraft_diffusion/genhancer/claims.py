@@ -57,8 +57,8 @@ PAIRS = Claim(
     budget=480,
     tried=(
         "a first preset (first stage of 150 steps, second of 250, no blur, weak anchor with a learnt temperature) "
-        "failed this rule on the test split: -.013 over before, +.008 over anchor-only. This is a second look, with "
-        "settings from the tuning splits of all three bases. LoRA gives a little less than full tuning; orientation never gains"
+        "failed this rule on the test split: -.013 over before, +.008 over anchor-only. A second look, with "
+        "settings from the tuning splits of all three bases. LoRA gives a little less; orientation never gains"
     ),
     shares="diffusion/genhancer",
 )
