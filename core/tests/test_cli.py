@@ -13,6 +13,7 @@ import pytest
 
 from clipgraft.cli import main
 from clipgraft.errors import ClipgraftError, Interrupted
+from clipgraft.evaluation import records
 from clipgraft.registry import KNOWN_PLUGINS, Registry, use
 
 
@@ -83,7 +84,7 @@ def plugin(tmp_path: Path) -> Iterator[Path]:
 def test_help_lists_the_commands_of_core_and_plugins(cli: Cli, plugin: Path) -> None:
     found = cli("--help")
     assert found.code == 0 and found.err == ""
-    for word in ("demo", "run", "eval", "export", "report", "claims", "list", "show", "config", "plugins", "--debug"):
+    for word in ("run", "eval", "export", "list", "show", "config", "plugins", "--debug"):
         assert word in found.out
     assert "samplecli" not in found.out and "samplecli" in cli("--plugin", plugin, "--help").out
     assert "fail" in cli("--plugin", plugin, "samplecli", "--help").out
@@ -264,8 +265,9 @@ def test_export_and_eval_of_a_real_model(cli: Cli, tmp_path: Path) -> None:
     assert found.code == 0, found.err
     assert found.json["model"] == copied.json["export"]
     assert found.json["results"].keys() == {"core/zero-shot", "core/linear-probe"}
-    samples = (tmp_path / "samples" / "core-zero-shot.jsonl").read_text().splitlines()
-    assert len(samples) == 24 and all(isinstance(json.loads(line), dict) for line in samples)
+    saved = records.read(tmp_path / "samples")["core/zero-shot"]
+    assert len(saved.samples) == 24 and saved.metrics == found.json["results"]["core/zero-shot"]
+    assert list(saved.intervals["top1"]) == found.json["intervals"]["core/zero-shot"]["top1"]
     assert "top1" in cli(*args).out
 
 
@@ -286,3 +288,11 @@ def clipgraft_open(uri):
     odd = ("--plugin", tmp_path / "sampleopener.py", "export", "odd", "--out")
     refused = cli(*odd, tmp_path / "theirs", "--format", "open_clip")
     assert refused.code == 2 and "open_clip can't hold" in refused.err and not (tmp_path / "theirs").exists()
+
+
+def test_a_command_of_a_plugin_that_is_not_in_use_says_what_to_do(cli: Cli) -> None:
+    for words in (["demo"], ["claims"], ["embed", "x"], ["anomaly", "predict"]):
+        missing = cli(*words)
+        assert missing.code == 2 and missing.err.startswith(f"error: clipgraft {words[0]} is not there: ")
+        assert "pip install clipgraft-" in missing.err or "plugins doctor" in missing.err
+    assert "No such command" in cli("dema").err

@@ -194,8 +194,11 @@ def test_rows_that_cannot_be_used_are_bad_samples(tmp_path: Path) -> None:
 
 
 def test_unknown_references_say_what_to_type(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"expected folder:DIR, csv:FILE or a registered dataset"):
-        open_source("wds:shards.tar")
+    with pytest.raises(InputError, match=r"unknown dataset 'wds'.*pip install clipgraft-data"):
+        open_source("wds:shards.tar", registry=Registry.discover(allow=()))
+    for wrong in (":x", "?a=1", ""):
+        with pytest.raises(InputError, match=r"expected folder:DIR, csv:FILE or a registered dataset"):
+            open_source(wrong)
     (tmp_path / "t.csv").write_text("image,caption\n")
     registry = Registry.discover(allow=())
     for path, scheme in ((tmp_path, "folder"), (tmp_path / "t.csv", "csv")):

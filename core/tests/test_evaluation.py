@@ -25,6 +25,7 @@ from clipgraft.evaluation.features import EncoderFeatures
 from clipgraft.evaluation.pairs import Pairs
 from clipgraft.evaluation.probe import Probe
 from clipgraft.evaluation.retrieval import Retrieval, _ranks
+from clipgraft.evaluation.statistics import value
 from clipgraft.evaluation.zero_shot import ZeroShot
 from clipgraft.log import RunLog
 from clipgraft.registry import Registry
@@ -280,7 +281,7 @@ def test_zero_shot_by_hand() -> None:
     found = ZeroShot()(features, source)
     assert found.metrics == {"top1": 0.6, "top5": 1.0, "mean_per_class": pytest.approx(3 / 5)}
     assert found.counts == {"top1": (3, 5), "top5": (5, 5)}
-    assert found.samples[2] == {"id": "s2", "label": 4, "prediction": 0, "correct": False}
+    assert found.samples[2] == {"id": "s2", "label": 4, "prediction": 0, "top1": False, "top5": True}
 
 
 def test_mean_per_class_weighs_classes_and_not_samples() -> None:
@@ -345,7 +346,7 @@ def test_retrieval_equals_brute_force(chunk: int, monkeypatch: pytest.MonkeyPatc
         assert found.metrics[f"text_to_image_r{k}"] == pytest.approx(sum(r < k for r in to_image) / len(to_image))
     assert found.metrics["text_to_image_r12"] == 1
     assert found.counts["text_to_image_r1"][1] == len(captions)
-    assert [row["correct"] for row in found.samples] == [rank == 0 for rank in to_text]
+    assert [row["image_to_text_r1"] for row in found.samples] == [rank == 0 for rank in to_text]
 
 
 def test_shared_captions_and_constant_models_count_against() -> None:
@@ -488,7 +489,7 @@ def test_probe_reads_what_is_there(on: Any, solver: Any) -> None:
     assert found.metrics["mean"] == pytest.approx((found.metrics["hue"] + found.metrics["parity"]) / 2)
     tested = found.counts["hue"][1]
     assert 40 < tested < 80 and len(found.samples) == tested
-    assert set(found.samples[0]) == {"id", "hue", "parity"}
+    assert set(found.samples[0]) == {"id", "hue", "parity", "mean"}
 
 
 def test_probe_of_labels_and_on_given_training_data(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -496,7 +497,7 @@ def test_probe_of_labels_and_on_given_training_data(monkeypatch: pytest.MonkeyPa
     other = replace(probed(90), attributes={})
     features = EncoderFeatures(tiny_clip())
     found = Probe(solver="ridge")(features, plain)
-    assert set(found.metrics) == {"mean", "label"} and set(found.samples[0]) == {"id", "correct"}
+    assert set(found.metrics) == {"mean", "label"} and set(found.samples[0]) == {"id", "label", "mean"}
     monkeypatch.setattr("clipgraft.data.open_source", lambda ref: {"mem:other": other, "mem:more": probed()}[ref])
     found = Probe(solver="ridge", train="mem:other")(features, plain)
     assert found.counts["label"][1] == 60 and found.metrics["label"] > 0.9
@@ -544,7 +545,11 @@ def test_neither_batch_size_nor_row_order_matters(evaluator: Any, source: Callab
     turned = evaluator(EncoderFeatures(encoder), shuffled)
     assert small.metrics == whole.metrics == turned.metrics
     assert small.counts == whole.counts == turned.counts
-    right = [{row["id"]: row.get("correct", row.get("hue")) for row in e.samples} for e in (whole, small, turned)]
+    assert whole.statistics.keys() == whole.metrics.keys()
+    for name, statistic in whole.statistics.items():
+        assert value(statistic, whole.samples) == pytest.approx(whole.metrics[name], abs=1e-12)
+    key = next(k for k in ("top1", "image_to_text_r1", "correct", "hue") if k in whole.samples[0])
+    right = [{row["id"]: row[key] for row in e.samples} for e in (whole, small, turned)]
     assert right[0] == right[1] == right[2]
     ids = [row.id for row in shuffled.rows]
     assert [row["id"] for row in turned.samples] == [i for i in ids if i in right[0]]
@@ -577,8 +582,12 @@ def run(nodes: Sequence[Any], **options: Any) -> dict[str, Evaluation]:
 def test_evaluate_names_results_in_full() -> None:
     found = run(["zero-shot", "core/pairs@p/pairs"], default_data="p/labelled", batch_size=8)
     assert list(found) == ["core/zero-shot", "core/pairs"]
-    assert found["core/zero-shot"] == ZeroShot()(EncoderFeatures(tiny_clip()), labelled())
-    assert found["core/pairs"] == Pairs()(EncoderFeatures(tiny_clip()), random_pairs())
+    alone = ZeroShot()(EncoderFeatures(tiny_clip()), labelled())
+    assert replace(found["core/zero-shot"], intervals={}) == alone
+    assert replace(found["core/pairs"], intervals={}) == Pairs()(EncoderFeatures(tiny_clip()), random_pairs())
+    spans = found["core/zero-shot"].intervals
+    assert spans.keys() == alone.metrics.keys()
+    assert all(low <= alone.metrics[name] <= high for name, (low, high) in spans.items())
 
 
 def test_evaluate_tells_repeated_evaluators_apart() -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from clipgraft.checkpoint import open_export, write_export
 from clipgraft.errors import InputError, Interrupted
+from clipgraft.evaluation import records
 from clipgraft.execution import run_recipe
 from clipgraft.registry import Registry
 from clipgraft.spec import runhook
@@ -68,8 +69,7 @@ def test_a_run_leaves_a_directory_that_tells_the_story(world, tmp_path):
     assert [r["step"] for r in rows] == [1, 2, 3, 4] and [r["samples"] for r in rows] == [8, 16, 24, 32]
     assert json.loads((result.run / "status.json").read_text())["status"] == "done"
     assert not (result.run / "stages/00-train/state").exists(), "resume states are dropped when a stage is done"
-    samples = (result.run / "evaluation/before/core-retrieval.jsonl").read_text().splitlines()
-    assert len(samples) >= 24 and json.loads(samples[0])
+    assert len(records.read(result.run / "evaluation/before")["core/retrieval"].samples) >= 24
 
 
 def test_the_export_opens_in_open_clip_and_differs_from_the_base(world, tmp_path):

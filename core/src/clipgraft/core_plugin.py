@@ -113,12 +113,9 @@ def clipgraft_recipes() -> list[Component]:
 def clipgraft_commands() -> list[CommandSpec]:
     """The commands of the core, in the order of the help."""
     table = {
-        "demo": ("demo:demo", "Improve a tiny CLIP, measure it before and after, write a report."),
         "run": ("run:run", "Run a recipe: post-train, adapt or merge a model."),
         "eval": ("evaluate:evaluate", "Measure a model with one or more evaluators."),
         "export": ("export:export", "Write a model as a directory that clipgraft and open_clip can open."),
-        "report": ("report:report", "Write the HTML report of a run."),
-        "claims": ("claims:claims", "Check the papers' claims by experiment."),
         "list": ("plugins:list_components", "List recipes, encoders, losses, evaluators and all other components."),
         "show": ("plugins:show", "Show one component: summary, paper, settings, presets."),
         "config": ("config:app", "Show, describe or compare run configurations."),

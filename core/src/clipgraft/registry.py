@@ -27,13 +27,22 @@ if TYPE_CHECKING:
 
 __all__ = ["PluginInfo", "Registered", "Registry", "current", "unmet", "use"]
 
-LATER_COMMANDS = ("compare", "embed", "search", "classify", "data", "new")
+COMMANDS_OF = {
+    "evaluation": ("demo", "compare", "report", "claims"),
+    "embedding": ("embed", "search", "classify"),
+    "data": ("data",),
+}
+"""Commands that the core leaves to plugins of the project, so that it stays small; others offer their own group."""
+
+LATER_COMMANDS = ("new",)
 """Names kept for the core beside the commands that it has."""
 
 KNOWN_PLUGINS = {
     "anomaly": "anomalyclip genclip winclip clipn",
     "diffusion": "diva genhancer un2clip sds-clip",
-    "evaluation": "",
+    "data": "wds hf table mix",
+    "embedding": "",
+    "evaluation": "mmvp aro sugarcrepe winoground knn clustering calibration out-of-distribution corruption geometry",
     "llm": "llm2clip long-clip tinyclip mobileclip",
     "merging": "soup wise-ft ties sam-clip radio clip-moe",
     "toyworld": "images pairs defects videos digits photos clip clip-1 clip-2",
@@ -95,10 +104,12 @@ class Registry:
         try:
             with redirect_stdout(sys.stderr):  # a manifest that prints must not spoil --json
                 components, commands = read(self._manager, info, load)
-            if info.name != "core" and [c.name for c in commands] not in ([], [info.name]):
+            names, own = [c.name for c in commands], (info.name, *COMMANDS_OF.get(info.name, ()))
+            if info.name != "core" and any(names.count(name) > 1 or name not in own for name in names):
                 raise PluginError(f"may offer one command group, named {info.name!r} like itself")
-            if commands and info.name in (*LATER_COMMANDS, *(c.name for c in self._commands)):
-                raise PluginError(f"command {info.name!r} belongs to the core; rename the plugin")
+            left = {name for plugin, given in COMMANDS_OF.items() if plugin != info.name for name in given}
+            if taken := {*LATER_COMMANDS, *left, *(c.name for c in self._commands)} & set(names):
+                raise PluginError(f"command {min(taken)!r} belongs to the core; rename the plugin")
             self._components |= {(r.kind, r.name): r for r in components}
             self._commands += commands
             info.components = sorted({r.name for r in components})
@@ -133,6 +144,11 @@ class Registry:
         if status is None:
             return f"It comes with a package: pip install clipgraft-{plugin}" if plugin in KNOWN_PLUGINS else ""
         return "" if status == "ok" else f"Plugin {plugin} is {status}: clipgraft plugins doctor {plugin}"
+
+    def hint_command(self, name: str) -> str:
+        """What to do for a command that a plugin of the project brings and none in use has."""
+        owner = next((plugin for plugin, names in COMMANDS_OF.items() if name in (plugin, *names)), name)
+        return self.hint(f"{owner}/{name}")
 
     def resolve(self, target: str) -> Any:
         """The object that "package.module:attribute" names, imported now."""

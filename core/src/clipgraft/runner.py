@@ -18,6 +18,7 @@ from clipgraft.config.schema import EvaluatorRef, RunConfig
 from clipgraft.data.loader import TrainLoader
 from clipgraft.encoders.base import Encoder
 from clipgraft.errors import ClipgraftError, InputError
+from clipgraft.evaluation import records
 from clipgraft.log import RunLog
 from clipgraft.recipe import StagePlan
 from clipgraft.registry import Registered, Registry
@@ -155,10 +156,7 @@ class Run:
             found = self.evaluate(self.encoder, self.config.evaluate.on)
             stored[when] = {name: dict(e.metrics) for name, e in found.items()}
             if self.is_main:
-                for name, evaluation in found.items():
-                    file = self.path / "evaluation" / when / f"{name.replace('/', '-').replace('@', '--')}.jsonl"
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    files.write_text(file, "".join(json.dumps(dict(row)) + "\n" for row in evaluation.samples))
+                records.save(self.path / "evaluation" / when, found)
                 files.write_json(path, stored)
             distributed.barrier()
         return flat(stored.get(when, {}))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from clipgraft.evaluation import records
+from clipgraft.evaluation.base import Evaluation
 from clipgraft.registry import Registry, use
 from clipgraft_evaluation.report import write_report
 
@@ -107,7 +109,7 @@ def make_run(run: Path, *, steps: int = 100) -> Path:
         rows = [{"id": f"p{i}", "pattern": patterns[i % 3], "correct": i in right} for i in range(30)]
         folder = run / "evaluation" / when
         folder.mkdir(parents=True)
-        (folder / "core-pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        records.save(folder, {"core/pairs": Evaluation({}, samples=tuple(rows))})
     for name, scale in (("00-generator", 1.0), ("01-clip", 0.2)):
         stage = run / "stages" / name
         stage.mkdir(parents=True)

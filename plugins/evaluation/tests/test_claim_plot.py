@@ -4,9 +4,10 @@ import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from clipgraft.claims import Arm, Claim, Gain, Kept, judge
-from clipgraft_evaluation.claims import claim_plot
+from clipgraft.claims import Arm, Claim, Gain, Kept
+from clipgraft_evaluation.claim_plot import claim_plot
 from clipgraft_evaluation.figures import curve, inline, panels, smooth
+from clipgraft_evaluation.verdict import judge
 
 CLAIM = Claim(
     name="fake/sharper",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from clipgraft.errors import ClipgraftError
+from clipgraft.errors import ClipgraftError, InputError
 from clipgraft.manifests import one_line
 from clipgraft.registry import Registry, current, use
 
@@ -35,6 +35,9 @@ class Root(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The real command, imported now."""
         table = self._table(ctx)
+        wanted = args[0] if args else ""
+        if wanted not in table and (hint := ctx.obj.hint_command(wanted)):
+            raise InputError(f"clipgraft {wanted} is not there: {hint}")
         name, stub, rest = super().resolve_command(ctx, args)
         return name, stub and _command(table[str(name)]), rest
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -22,13 +21,14 @@ def evaluate(
         list[str], typer.Option(metavar="NAME[@SRC],...", help="Evaluators, each with its own data if given.")
     ],
     data: Annotated[str | None, typer.Option(metavar="SRC", help="Data of the evaluators that name none.")] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write one JSON line per sample here.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write metrics, and a row per sample, here.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 256,
     json: JsonFlag = False,
 ) -> None:
     """Measure a model, e.g. clipgraft eval toyworld/clip --on zero-shot --data toyworld/images?split=test"""
-    from clipgraft import evaluation, files
+    from clipgraft import evaluation
     from clipgraft.encoders import load
+    from clipgraft.evaluation import records
 
     nodes = [node.strip() for text in on for node in text.split(",") if node.strip()]
     with redirect_stdout(sys.stderr):  # whatever libraries print
@@ -36,15 +36,18 @@ def evaluate(
             load(model, registry=current()).eval(), nodes, registry=current(), default_data=data, batch_size=batch_size
         )
         if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            for name, e in found.items():
-                lines = "".join(json_.dumps(dict(sample)) + "\n" for sample in e.samples)
-                files.write_text(out / f"{name.replace('/', '-').replace('@', '--')}.jsonl", lines)
+            records.save(out, found)
     if json:
-        emit({"model": model, "results": {name: dict(e.metrics) for name, e in found.items()}})
+        results = {name: dict(e.metrics) for name, e in found.items()}
+        spread = {name: {k: list(v) for k, v in e.intervals.items()} for name, e in found.items()}
+        emit({"model": model, "results": results, "intervals": spread})
         return
     for name, e in found.items():
         print(name)
         for metric, value in e.metrics.items():
-            count = e.counts.get(metric)
-            print(f"  {metric} {value:.4f}" + (f" ({count[0]} of {count[1]})" if count else ""))
+            count, span = e.counts.get(metric), e.intervals.get(metric)
+            print(
+                f"  {metric} {value:.4f}"
+                + (f" [{span[0]:.4f}, {span[1]:.4f}]" if span else "")
+                + (f" ({count[0]} of {count[1]})" if count else "")
+            )

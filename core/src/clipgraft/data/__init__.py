@@ -14,7 +14,14 @@ if TYPE_CHECKING:
 
 
 def open_source(ref: str, *, registry: Registry | None = None, max_pixels: int = MAX_PIXELS) -> Source | PairSource:
-    """``folder:DIR``, ``csv:FILE`` or a registered dataset ``plugin/name?key=value&key=value`` (YAML scalars)."""
+    """``folder:DIR``, ``csv:FILE`` or a registered dataset ``plugin/name?key=value&key=value`` (YAML scalars).
+
+    ``name:REST?key=value`` is a registered dataset too, whose config has a field ``path``: it gets REST.
+    """
+    from clipgraft.config.load import parse_yaml
+    from clipgraft.registry import current
+
+    registry = registry or current()
     scheme, _, rest = ref.partition(":")
     if scheme == "folder":
         from clipgraft.data.folder import open_folder
@@ -25,17 +32,20 @@ def open_source(ref: str, *, registry: Registry | None = None, max_pixels: int =
 
         return open_table(rest, max_pixels=max_pixels)
     name, _, query = ref.partition("?")
-    if ":" in name or not name:
+    path = {}
+    if ":" in name:
+        path, name = {"path": name.partition(":")[2]}, scheme
+        cls = registry.config_class("dataset", name) if name else None
+        if cls is None or "path" not in cls.model_fields:
+            raise InputError(f"{ref!r} is no data reference; expected folder:DIR, csv:FILE or a registered dataset")
+    if not name:
         raise InputError(f"{ref!r} is no data reference; expected folder:DIR, csv:FILE or a registered dataset")
-    from clipgraft.config.load import parse_yaml
-    from clipgraft.registry import current
-
     pairs = [part.partition("=") for part in query.split("&") if part]
     if bad := [key for key, equals, _ in pairs if not equals]:
         raise InputError(f"{ref}: {bad[0]!r} has no value; write plugin/name?key=value&key=value")
-    settings = {key: parse_yaml(value, origin=ref) for key, _, value in pairs}
+    settings = path | {key: parse_yaml(value, origin=ref) for key, _, value in pairs}
     try:
-        source: Source | PairSource = (registry or current()).build("dataset", name, settings)
+        source: Source | PairSource = registry.build("dataset", name, settings)
     except InputError as error:
         if not Path(name).exists():
             raise

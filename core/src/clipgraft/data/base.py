@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One image with what is known about it. ``id`` is stable and unique within the source."""
+    """One image with what is known about it. ``id`` is stable and unique within the source.
+
+    ``caption_weights``: how often training draws each caption, in proportion; empty for equally often. ``negatives``:
+    captions that are wrong in a way worth learning or testing. ``group``: the part of a benchmark it belongs to.
+    """
 
     id: str
     image: Picture
@@ -24,6 +28,9 @@ class Sample:
     label: int | None = None
     attributes: Mapping[str, int] = field(default_factory=dict)
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    caption_weights: tuple[float, ...] = ()
+    negatives: tuple[str, ...] = ()
+    group: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ def evaluate(
     """
     from clipgraft.data import open_source
     from clipgraft.evaluation.features import EncoderFeatures
+    from clipgraft.evaluation.statistics import intervals
     from clipgraft.registry import current, use
 
     registry = registry or current()
@@ -54,7 +55,8 @@ def evaluate(
             evaluation: Evaluation = evaluator(features, source)
             if skipped := features.skipped(source):
                 evaluation = replace(evaluation, metrics={**evaluation.metrics, "skipped": float(skipped)})
-            found[key] = evaluation
+            spread = intervals(evaluation.statistics, evaluation.samples) if evaluation.samples else {}
+            found[key] = replace(evaluation, intervals=spread)
     return found
 
 

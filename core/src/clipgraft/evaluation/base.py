@@ -6,29 +6,55 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from clipgraft.evaluation.statistics import Share, Statistic
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from clipgraft.data.base import PairSource, Source
+    from clipgraft.data.base import Pair, PairSource, Sample, Source
     from clipgraft.encoders.base import Encoder
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Metrics in [0, 1] unless their name says otherwise; ``counts`` {metric: (correct, total)} where it is a count;
+    """Metrics in [0, 1] unless their name says otherwise; ``counts`` {metric: (correct, total)} where it is a count.
 
-    ``samples``: one record per sample with plain JSON values, in source order, for paired tests between two models.
+    ``samples``: one record per sample with plain JSON values and a unique ``id``, in source order. ``statistics``: how
+    a metric follows from them, which gives its ``intervals`` (95 %, filled in by ``evaluate``) and paired tests.
     """
 
     metrics: dict[str, float]
     counts: dict[str, tuple[int, int]] = field(default_factory=dict)
     samples: tuple[Mapping[str, Any], ...] = ()
+    statistics: Mapping[str, Statistic] = field(default_factory=dict)
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but the samples, as plain JSON types."""
+        return {
+            "metrics": dict(self.metrics),
+            "counts": {k: list(v) for k, v in self.counts.items()},
+            "intervals": {k: list(v) for k, v in self.intervals.items()},
+            "shares": {k: v.as_dict() for k, v in self.statistics.items() if isinstance(v, Share)},
+        }
 
 
 class Features(Protocol):
     """Embeddings of one encoder, computed once per (encoder, data) and shared by the evaluators of one call."""
 
     encoder: Encoder
+
+    def samples(self, source: Source) -> list[Sample]:
+        """What is known about each row of ``images(source)``; the pictures are gone."""
+
+    def pairs(self, source: PairSource) -> list[Pair]:
+        """What is known about each row of ``pair_images(source)``."""
+
+    def labels(self, source: Source) -> Tensor:
+        """(n,) class indices; ``InputError`` unless every row has one of the source's two classes or more."""
+
+    def skipped(self, source: Source | PairSource) -> int:
+        """How many samples could not be read, if ``source`` was read."""
 
     def images(self, source: Source) -> Tensor:
         """(n, D) fp32 of length one, in source order, on the CPU."""

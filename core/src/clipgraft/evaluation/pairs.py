@@ -8,6 +8,7 @@ from clipgraft.config.schema import Config
 from clipgraft.data.base import PairSource
 from clipgraft.evaluation.base import Evaluation
 from clipgraft.evaluation.features import EncoderFeatures
+from clipgraft.evaluation.statistics import Share
 
 
 class Pairs(Config):
@@ -32,4 +33,6 @@ class Pairs(Config):
         mean = sum(v for name, v in metrics.items() if name != "total") / max(len(metrics) - 1, 1)
         rows = zip(pairs, right, margin.tolist(), strict=True)
         records = tuple({"id": p.id, "pattern": p.pattern, "correct": ok, "margins": m} for p, ok, m in rows)
-        return Evaluation({"mean": mean, **metrics}, counts, records)
+        shares = {name: Share("correct", where=("pattern", name)) for name in counts if name != "total"}
+        statistics = {"mean": Share("correct", groups="pattern"), "total": Share("correct"), **shares}
+        return Evaluation({"mean": mean, **metrics}, counts, records, statistics)

@@ -15,6 +15,7 @@ from clipgraft.data.base import Sample, Source
 from clipgraft.errors import InputError
 from clipgraft.evaluation.base import Evaluation
 from clipgraft.evaluation.features import EncoderFeatures
+from clipgraft.evaluation.statistics import Share
 from clipgraft.heads.linear_probe import LinearProbe, Solver
 
 
@@ -31,7 +32,7 @@ class Probe(Config):
         return self.on == "tokens"
 
     def __call__(self, features: EncoderFeatures, source: Source) -> Evaluation:
-        """Records: id, and per target whether it was right (of a single target: correct), in source order."""
+        """Records: id, per target whether it was right, and the share of those as mean, in source order."""
         samples, x = features.samples(source), self._features(features, source)
         even = torch.tensor([_hash(sample)[-1] % 2 == 0 for sample in samples])
         if self.train is None:
@@ -55,11 +56,14 @@ class Probe(Config):
             right[name] = probe(x[rows]).argmax(1) == labels[rows]
         counts = {name: (int(hits.sum()), len(hits)) for name, hits in right.items()}
         metrics = {name: hits / total for name, (hits, total) in counts.items()}
-        titles = ["correct"] if len(right) == 1 else list(right)
         answers = zip(*(hits.tolist() for hits in right.values()), strict=True)
         tested = [sample for sample, row in zip(samples, rows.tolist(), strict=True) if row]
-        records = ({"id": s.id, **dict(zip(titles, a, strict=True))} for s, a in zip(tested, answers, strict=True))
-        return Evaluation({"mean": sum(metrics.values()) / len(metrics), **metrics}, counts, tuple(records))
+        records = tuple(
+            {"id": s.id, **dict(zip(right, a, strict=True)), "mean": sum(a) / len(a)}
+            for s, a in zip(tested, answers, strict=True)
+        )
+        statistics = {name: Share(name) for name in ("mean", *metrics)}
+        return Evaluation({"mean": sum(metrics.values()) / len(metrics), **metrics}, counts, records, statistics)
 
     def _features(self, features: EncoderFeatures, source: Source) -> Tensor:
         """(n, D) embeddings, or (n, at most 16 W) tokens."""

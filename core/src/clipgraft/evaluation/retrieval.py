@@ -11,6 +11,7 @@ from clipgraft.data.base import Source
 from clipgraft.errors import InputError
 from clipgraft.evaluation.base import Evaluation
 from clipgraft.evaluation.features import EncoderFeatures
+from clipgraft.evaluation.statistics import Share
 
 CHUNK = 2**24
 """Scores held at a time."""
@@ -28,7 +29,7 @@ class Retrieval(Config):
     )
 
     def __call__(self, features: EncoderFeatures, source: Source) -> Evaluation:
-        """Records: id, rank of its best caption, rank of the image for each caption; correct: a caption comes first."""
+        """Records: id, captions, and per metric whether its best caption, or how many of its captions, are found."""
         samples = features.samples(source)
         if bare := [sample.id for sample in samples if not sample.captions]:
             raise InputError(f"{source.name}: {bare[0]} has no caption; retrieval needs a csv: with a caption column")
@@ -46,9 +47,15 @@ class Retrieval(Config):
         }
         counts = {f"{name}_r{k}": (int((r < k).sum()), len(r)) for name, r in found.items() for k in ks}
         per_caption = torch.split(found["text_to_image"], [len(sample.captions) for sample in samples])
-        rows = zip(samples, found["image_to_text"].tolist(), per_caption, strict=True)
-        records = ({"id": s.id, "correct": r == 0, "caption_rank": r, "image_ranks": i.tolist()} for s, r, i in rows)
-        return Evaluation({name: hits / total for name, (hits, total) in counts.items()}, counts, tuple(records))
+        records = []
+        for sample, best, ranks in zip(samples, found["image_to_text"].tolist(), per_caption, strict=True):
+            hits = {f"image_to_text_r{k}": best < k for k in ks}
+            hits |= {f"text_to_image_r{k}": int((ranks < k).sum()) for k in ks}
+            placed = {"captions": len(ranks), "caption_rank": best, "image_ranks": ranks.tolist()}
+            records.append({"id": sample.id, **placed, **hits})
+        statistics = {name: Share(name, of="captions" if name.startswith("text") else None) for name in counts}
+        metrics = {name: hits / total for name, (hits, total) in counts.items()}
+        return Evaluation(metrics, counts, tuple(records), statistics)
 
 
 def _ranks(queries: Tensor, gallery: Tensor, column: Tensor, *, query_owner: Tensor, owner: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from clipgraft.config.schema import Config
 from clipgraft.data.base import Source
 from clipgraft.evaluation.base import Evaluation
 from clipgraft.evaluation.features import EncoderFeatures
+from clipgraft.evaluation.statistics import Share
 
 
 class ZeroShot(Config):
@@ -17,7 +18,7 @@ class ZeroShot(Config):
     templates: tuple[str, ...] = Field((), description="prompts with one {}; empty takes those of the data")
 
     def __call__(self, features: EncoderFeatures, source: Source) -> Evaluation:
-        """Records: id, label, prediction, correct."""
+        """Records: id, label, prediction, top1 and top5 (whether right)."""
         labels, count = features.labels(source), len(source.classes)
         weights = features.classifier(source.classes, self.templates or source.templates)
         ranks, predictions = [], []
@@ -30,6 +31,10 @@ class ZeroShot(Config):
         counts = {f"top{k}": (int((rank < k).sum()), len(rank)) for k in (1, 5) if count >= k}
         metrics = {name: hits / total for name, (hits, total) in counts.items()}
         metrics["mean_per_class"] = float((right[shown > 0] / shown[shown > 0]).double().mean())
-        rows = zip(features.samples(source), labels.tolist(), prediction.tolist(), (rank == 0).tolist(), strict=True)
-        records = tuple({"id": s.id, "label": own, "prediction": p, "correct": ok} for s, own, p, ok in rows)
-        return Evaluation(metrics, counts, records)
+        rows = zip(features.samples(source), labels.tolist(), prediction.tolist(), rank.tolist(), strict=True)
+        records = tuple(
+            {"id": s.id, "label": own, "prediction": p, **{name: r < int(name[3:]) for name in counts}}
+            for s, own, p, r in rows
+        )
+        statistics = {f"top{k}": Share(f"top{k}") for k in (1, 5) if count >= k}
+        return Evaluation(metrics, counts, records, statistics | {"mean_per_class": Share("top1", groups="label")})

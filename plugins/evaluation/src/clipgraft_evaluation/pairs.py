@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
+from clipgraft.evaluation.statistics import mcnemar
 from clipgraft_evaluation.pictures import as_image, as_uri
 from clipgraft_evaluation.rundir import Record, RunRecord
 
@@ -49,10 +49,8 @@ def change(before: Sequence[Record], after: Sequence[Record]) -> Change | None:
         return None
     gained = tuple(name for name in both if now[name] and not then[name])
     lost = tuple(name for name in both if then[name] and not now[name])
-    n, k = len(gained) + len(lost), min(len(gained), len(lost))
-    tail = sum(math.comb(n, i) for i in range(k + 1)) / 2**n
     counts = (sum(then[name] for name in both), sum(now[name] for name in both))
-    return Change(len(both), *counts, gained, lost, min(1.0, 2 * tail))
+    return Change(len(both), *counts, gained, lost, mcnemar(len(lost), len(gained)))
 
 
 def cards(run: RunRecord, evaluator: str, names: Sequence[str], *, at_most: int) -> list[Card]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from clipgraft.config.load import parse_yaml
 from clipgraft.errors import InputError
+from clipgraft.evaluation.records import file_stem, read_rows
 
 Record = Mapping[str, Any]
 
@@ -51,8 +52,8 @@ class RunRecord:
 
     def samples(self, when: str, evaluator: str) -> tuple[Record, ...]:
         """Per-sample records of one evaluator "before" or "after"; empty when it kept none."""
-        name = evaluator.replace("/", "-").replace("@", "--")  # as clipgraft.runner names the file
-        return read_lines(self.path / "evaluation" / when / f"{name}.jsonl")
+        path = self.path / "evaluation" / when / f"{file_stem(evaluator)}.parquet"
+        return tuple(read_rows(path)) if path.is_file() else ()
 
     def data_of(self, evaluator: str) -> str | None:
         """The data reference that an evaluator measured on."""

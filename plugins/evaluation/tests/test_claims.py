@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,12 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from clipgraft.claims import Arm, Claim, Gain, Job, Kept, check, judge, paired_p_value
+from clipgraft.claims import Arm, Claim, Gain, Kept
 from clipgraft.cli import main
-from clipgraft.cli.claims import identity as command_identity
-from clipgraft.cli.claims import run_in_subprocess
 from clipgraft.errors import ClipgraftError, InputError
 from clipgraft.registry import PluginInfo, Registry, use
+from clipgraft_evaluation.claim_command import identity as command_identity
+from clipgraft_evaluation.claim_command import run_in_subprocess
+from clipgraft_evaluation.verdict import Job, check, judge, paired_p_value
 
 PAIRS, ZERO = "core/pairs.mean", "core/zero-shot.top1"
 
@@ -261,11 +261,11 @@ def run_claims(
     plugin_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[str, str, int]]:
     """The command in this process, arms by the fake runner; returns stdout, stderr and the number of arms run."""
-    monkeypatch.setenv("CLIPGRAFT_PLUGINS", "")
+    monkeypatch.setenv("CLIPGRAFT_PLUGINS", "evaluation")
 
     def run(*words: str) -> tuple[str, str, int]:
         ran: list[tuple[str, int]] = []
-        monkeypatch.setattr("clipgraft.cli.claims.run_in_subprocess", fake_runner(ran))
+        monkeypatch.setattr("clipgraft_evaluation.claim_command.run_in_subprocess", fake_runner(ran))
         with pytest.raises(SystemExit) as ended:
             main(["--plugin", str(plugin_file), "claims", *words, "--out", str(tmp_path / "out")])
         streams = capsys.readouterr()
@@ -342,7 +342,7 @@ def test_a_wrong_name_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("CLIPGRAFT_PLUGINS", "")
+    monkeypatch.setenv("CLIPGRAFT_PLUGINS", "evaluation")
     with pytest.raises(SystemExit) as ended:
         main(["--plugin", str(plugin_file), "claims", *words])
     error = capsys.readouterr().err
@@ -352,7 +352,7 @@ def test_a_wrong_name_is_one_line(
 def test_a_run_that_fails_is_told_with_its_last_line(
     plugin_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CLIPGRAFT_PLUGINS", "")
+    monkeypatch.setenv("CLIPGRAFT_PLUGINS", "evaluation")
     job = Job(
         arm=Arm(name="method", recipe="core/finetuna"), seed=4, overrides=("model.from=x",), folder=tmp_path / "method"
     )
@@ -363,18 +363,15 @@ def test_a_run_that_fails_is_told_with_its_last_line(
     assert str(failed.value).endswith(f"(log: {log})") and "error: unknown recipe" in log.read_text()
 
 
-def test_without_their_plugins_demo_and_report_say_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_without_its_plugins_the_demo_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("CLIPGRAFT_PLUGINS", "")
-    for words, message in (
-        (["demo"], "pip install clipgraft-toyworld clipgraft-diffusion clipgraft-evaluation, or in a checkout"),
-        (["report", str(tmp_path)], "is not in use: pip install clipgraft-evaluation"),
-    ):
-        with use(Registry.discover()), pytest.raises(SystemExit) as ended:
-            main(words)
-        error = capsys.readouterr().err
-        assert ended.value.code == 2 and message in error and error.count("\n") == 1
+    monkeypatch.setenv("CLIPGRAFT_PLUGINS", "evaluation")
+    with use(Registry.discover()), pytest.raises(SystemExit) as ended:
+        main(["demo"])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1
+    assert "pip install clipgraft-toyworld clipgraft-diffusion, or in a checkout" in error
 
 
 def test_the_demo_measures_runs_and_reports(
@@ -387,12 +384,10 @@ def test_the_demo_measures_runs_and_reports(
         (out / "evaluations.json").write_text(json.dumps(measured))
         return SimpleNamespace(run=out, export=out / "export")
 
-    engine = SimpleNamespace(write_report=lambda run: run / "report.html")
-    monkeypatch.setitem(sys.modules, "clipgraft_evaluation", SimpleNamespace(report=engine))
-    monkeypatch.setitem(sys.modules, "clipgraft_evaluation.report", engine)
+    monkeypatch.setattr("clipgraft_evaluation.report.write_report", lambda run: run / "report.html")
     monkeypatch.setattr("clipgraft.execution.run_recipe", run_recipe)
-    registry = Registry.discover(allow=())
-    names = ("toyworld", "diffusion", "evaluation")
+    registry = Registry.discover(allow=("evaluation",))
+    names = ("toyworld", "diffusion")
     registry.plugins = [p for p in registry.plugins if p.name not in names]
     registry.plugins += [PluginInfo(name, f"clipgraft-{name}") for name in names]
     streams = []

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from clipgraft.claims import Verdict
 from clipgraft_evaluation.figures import INK, SERIES, head, panels, save
+from clipgraft_evaluation.verdict import Verdict
 
 
 def claim_plot(verdict: Verdict, out: Path) -> Path:

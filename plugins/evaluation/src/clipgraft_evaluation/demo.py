@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from clipgraft.cli.output import JsonFlag, emit
-from clipgraft.cli.report import engine
 from clipgraft.errors import InputError
 from clipgraft.registry import current
 
@@ -23,17 +22,18 @@ def demo(
 ) -> None:
     """Improve a tiny CLIP, measure it before and after, write a report."""
     began, status = time.monotonic(), {plugin.name: plugin.status for plugin in current().plugins}
-    if idle := [name for name in ("toyworld", "diffusion", "evaluation") if status.get(name) != "ok"]:
+    if idle := [name for name in ("toyworld", "diffusion") if status.get(name) != "ok"]:
         states = ", ".join(f"{name} ({status.get(name, 'not installed')})" for name in idle)
         packages = " ".join(f"clipgraft-{name}" for name in idle)
         raise InputError(f'the demo needs {states}: pip install {packages}, or in a checkout pip install ".[all]"')
     from clipgraft.execution import run_recipe
     from clipgraft.runner import flat
+    from clipgraft_evaluation.report import write_report
 
     result = run_recipe(RECIPE, out=out, overrides=["threads=1"])  # more threads slow such small tensors down
     measured = json_format.loads((result.run / "evaluations.json").read_text("utf-8"))
     before, after = flat(measured["before"]), flat(measured["after"])
-    page, seconds = engine("report").write_report(result.run), time.monotonic() - began
+    page, seconds = write_report(result.run), time.monotonic() - began
     if json:
         paths = {"export": str(result.export), "report": str(page)}
         return emit({"before": before, "after": after, **paths, "seconds": round(seconds, 1)})

@@ -16,11 +16,11 @@ from typing import Annotated
 import typer
 
 from clipgraft import files
-from clipgraft.claims import Claim, Job, Verdict, check
+from clipgraft.claims import Claim
 from clipgraft.cli.output import JsonFlag, emit
-from clipgraft.cli.report import engine
 from clipgraft.errors import ClipgraftError, InputError, unknown_name
 from clipgraft.registry import Registry, current
+from clipgraft_evaluation.verdict import Job, Verdict, check
 
 
 def claims(
@@ -43,8 +43,7 @@ def claims(
             Console().print(Markdown(page(verdicts[-1])))
     if json:
         return emit({"claims": [verdict.as_json() for verdict in verdicts]})
-    plots = "" if engine("claims") else " (plots need clipgraft-evaluation)"
-    print(f"written: {out / 'claims.md'}, {out / 'claims.json'}{plots}")
+    print(f"written: {out / 'claims.md'}, {out / 'claims.json'}")
 
 
 def _chosen(registry: Registry, names: Sequence[str], plugin: str | None) -> list[Claim]:
@@ -107,11 +106,12 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def write_results(verdicts: Sequence[Verdict], out: Path) -> None:
-    """claims.json, claims.md and, when clipgraft-evaluation is in use, a plot per claim."""
-    plots = engine("claims")
+    """claims.json, claims.md and a plot per claim."""
+    from clipgraft_evaluation.claim_plot import claim_plot
+
     entries = [v.as_json() | {"met": v.met, "unmet": v.unmet, "rule": v.claim.rule} | asdict(v.claim) for v in verdicts]
     pages = [page(v) for v in verdicts]
-    for number, v in enumerate(verdicts if plots is not None else ()):
-        pages[number] += f"\n![{v.claim.name}: one dot per seed and arm]({plots.claim_plot(v, out).name})\n"
+    for number, v in enumerate(verdicts):
+        pages[number] += f"\n![{v.claim.name}: one dot per seed and arm]({claim_plot(v, out).name})\n"
     files.write_json(out / "claims.json", {"claims": entries})
     files.write_text(out / "claims.md", "\n".join(["# Claims", "", *pages]))
