@@ -1,0 +1,3 @@
+"""The manifest of ``data``."""
+
+from __future__ import annotations

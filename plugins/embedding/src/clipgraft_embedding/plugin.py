@@ -1,0 +1,3 @@
+"""The manifest of ``embedding``."""
+
+from __future__ import annotations
