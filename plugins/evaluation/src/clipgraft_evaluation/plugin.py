@@ -33,7 +33,7 @@ def clipgraft_evaluators() -> list[Component]:
         "out-of-distribution": (
             "outliers:OutOfDistribution",
             "Telling known classes from other images: AUROC, FPR95",
-            "Ming et al., Delving into Out-of-Distribution Detection with Vision-Language Representations, NeurIPS 2022",
+            "Ming et al., Delving into Out-of-Distribution Detection, NeurIPS 2022, arXiv 2211.13445",
         ),
         "corruption": (
             "corruption:Corruption",
