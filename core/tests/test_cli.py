@@ -223,6 +223,8 @@ def test_run_passes_its_options_on_and_prints_the_result(
         seen.update(options, recipe=recipe)
         if options["resume"] is not None:
             raise Interrupted("stopped after step 3; continue with --resume x")
+        if options["seed"] == 12:
+            raise KeyboardInterrupt
         if options["seed"] == 13:
             raise ClipgraftError("the loss became NaN")
         return clipgraft.execution.Result(tmp_path, tmp_path / "export", "done", 5, {"core/pairs.mean": 0.25}, 1.0)
@@ -242,6 +244,10 @@ def test_run_passes_its_options_on_and_prints_the_result(
     assert list(seen["configs"]) == [Path("f.yaml")] and seen["out"] is None and not seen["dry_run"]
     assert "core/pairs.mean 0.2500" in cli("run", "finetune").out
     assert cli("run", "--resume", tmp_path).code == 130
+    stopped = cli("run", "finetune", "--seed", 12)
+    assert stopped.code == 130 and stopped.err.endswith("error: interrupted\n") and stopped.out == ""
+    monkeypatch.setattr("clipgraft.distributed.rank", lambda: 1)
+    assert cli("run", "finetune", "--json").out == "", "one process of several speaks"
     assert (cli("run", "finetune", "--seed", 13).code, cli("run", "finetune", "--seed", 13).out) == (1, "")
 
 

@@ -198,6 +198,7 @@ def test_two_processes_train_like_one(world, tmp_path):
             [*launch, "run", "finetune", *sets, "--out", tmp_path / name], env=environment, capture_output=True
         )
         assert done.returncode == 0, done.stderr.decode()[-2000:]
+        assert done.stdout.decode().count("done: ") == 1, "one process speaks"
     assert json.loads((tmp_path / "two/env.json").read_text())["processes"] == 2
     one, two = (open_export(tmp_path / name / "export").state_dict() for name in ("one", "two"))
     for key, value in one.items():

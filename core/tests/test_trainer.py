@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from clipgraft import files
 from clipgraft.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
 from clipgraft.data.base import Sample
 from clipgraft.errors import ClipgraftError, InputError, Interrupted, NonFiniteLossError
@@ -149,6 +151,22 @@ def test_a_damaged_state_is_passed_over(tmp_path):
     newest.write_bytes(data)
     assert same(fit(tmp_path, 9, save_every=2), fit(tmp_path / "whole", 9, save_every=2))
     assert rows(tmp_path) == rows(tmp_path / "whole")
+
+
+def test_another_number_of_processes_is_refused(tmp_path):
+    """A rank's random state belongs to that rank: fewer processes would silently draw other numbers."""
+    with pytest.raises(Interrupted):
+        fit(tmp_path, 4, StopAt(2))
+    state = tmp_path / "stages/00-probe/state/step-00000002"
+    with files.whole_folder(tmp_path / "two") as new:
+        for file in state.iterdir():
+            if file.name != files.MANIFEST:
+                shutil.copy(file, new)
+        shutil.copy(state / "rng-0.safetensors", new / "rng-1.safetensors")
+    shutil.rmtree(state)
+    (tmp_path / "two").rename(state)
+    with pytest.raises(InputError, match=r"saved by 2 processes and 1 came up; resume with torchrun --nproc_per_node 2"):
+        fit(tmp_path, 4)
 
 
 def test_a_non_finite_loss_stops_before_the_update(tmp_path):

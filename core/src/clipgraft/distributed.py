@@ -85,6 +85,15 @@ def gather_with_grad(x: Tensor) -> Tensor:
     return _Gather.apply(x)  # type: ignore[no-any-return]
 
 
+def to_all(value: Any) -> list[Any]:
+    """Every rank's ``value`` in rank order, everywhere."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def to_main(value: Any) -> list[Any]:
     """Every rank's ``value`` in rank order on rank 0, an empty list elsewhere."""
     if world_size() == 1:

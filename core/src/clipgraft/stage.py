@@ -52,7 +52,7 @@ class TrainStage(nn.Module):
 
     Frozen parts: call ``freeze(module)``; they stay in eval mode, out of the optimizer and out of the resume state.
     ``batch_coupled`` is true when the loss contrasts samples with each other: such a stage refuses plain gradient
-    accumulation unless it offers ``cached_features`` (see ``clipgraft.trainer``).
+    accumulation; a ``ContrastiveStage`` accumulates exactly.
     """
 
     batch_coupled: ClassVar[bool] = False

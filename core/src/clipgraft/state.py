@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clipgraft import distributed, files
-from clipgraft.errors import ClipgraftError
+from clipgraft.errors import ClipgraftError, InputError
 from clipgraft.optim import Average
 from clipgraft.stage import TrainStage
 
@@ -85,11 +85,13 @@ class TrainState:
 
     def restore_rng(self, path: Path) -> None:
         """This rank's generators as they were when ``path`` was saved."""
-        file = path / f"rng-{distributed.rank()}.safetensors"
-        if not file.exists():
-            count = len(list(path.glob("rng-*.safetensors")))
-            raise ClipgraftError(f"{path} was saved by {count} processes; resume with the same number")
-        set_rng_state(load_file(file))
+        count, world = len(list(path.glob("rng-*.safetensors"))), distributed.world_size()
+        if count != world:
+            raise InputError(
+                f"{path} was saved by {count} process{'es' * (count > 1)} and {world} came up; resume with torchrun "
+                f"--nproc_per_node {count}, since each has a random state of its own"
+            )
+        set_rng_state(load_file(path / f"rng-{distributed.rank()}.safetensors"))
 
     def _write_optimizer(self, folder: Path) -> None:
         state = self.optimizer.state_dict()

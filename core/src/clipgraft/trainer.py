@@ -71,7 +71,7 @@ class Trainer:
         state = TrainState(folder / "state", stage, optimizer, average, accelerator.scaler)
         found = state.load_newest()
         start = found["step"] if found else 0
-        loader.load_state_dict(found["loader"] if found else {})
+        loader.load_state_dict(found["loaders"][distributed.rank()] if found else {})
         run.load_hooks(stage, found["hooks"] if found else {})
         metrics = MetricsFile(folder / "metrics.jsonl", is_main=run.is_main, after_step=start)
         batches = loader.iterate(start)
@@ -81,7 +81,7 @@ class Trainer:
             run.log.info(f"{stage.name}: resumed after step {start}")
 
         def save(step: int) -> None:
-            extra = {"loader": loader.state_dict(), "hooks": run.save_hooks(stage)}
+            extra = {"loaders": distributed.to_main(loader.state_dict()), "hooks": run.save_hooks(stage)}
             state.save(step, keep=cfg.keep, extra=extra)
 
         stage.train()

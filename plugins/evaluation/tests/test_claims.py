@@ -187,6 +187,25 @@ def test_claims_that_share_a_folder_take_up_each_others_arms(tmp_path: Path) -> 
     ran.clear()
     check(claim(name="fake/alone"), seeds=2, out=tmp_path, run_arm=fake_runner(ran), identity=identity)
     assert len(ran) == 4, "a claim that shares nothing runs its own arms"
+    ran.clear()
+    longer = (replace(claim().controls[0], overrides=("train.steps=9",)),)
+    check(claim(controls=longer, shares="fake/arms"), seeds=2, out=tmp_path, run_arm=fake_runner(ran), identity=identity)
+    assert sorted(ran) == [("anchor-only", 0), ("anchor-only", 1)], "one name, other settings: another run"
+    ran.clear()
+    check(claim(shares="fake/arms"), seeds=2, out=tmp_path, run_arm=fake_runner(ran), identity=identity)
+    assert ran == [], "and neither took the other's place"
+
+
+def test_ctrl_c_begins_no_further_arm(tmp_path: Path) -> None:
+    ran: list[int] = []
+
+    def interrupted(job: Job) -> None:
+        ran.append(job.seed)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        check(claim(), seeds=20, out=tmp_path, run_arm=interrupted, identity=identity)
+    assert len(ran) < 20, "of 40"
 
 
 def test_a_failure_between_two_configurations_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:

@@ -94,6 +94,8 @@ def main(args: list[str] | None = None) -> None:
     given = [arg for arg in given if arg != "--debug"]  # welcome after the command as well
     try:
         code = typer.main.get_command(app).main(given, prog_name="clipgraft", standalone_mode=False)
+        if code == 130:  # what Typer makes of Ctrl-C
+            _failed("interrupted", code, debug=False)
     except ClipgraftError as error:
         code = _failed(str(error), error.exit_code, debug)
     except typer.Abort:

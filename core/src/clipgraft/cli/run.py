@@ -36,6 +36,10 @@ def run(
         result = run_recipe(
             recipe, configs=config or (), overrides=set_ or (), out=out, resume=resume, seed=seed, dry_run=dry_run
         )
+    from clipgraft import distributed
+
+    if distributed.rank():  # one process of several speaks
+        return
     if json:
         emit(result.as_dict())
         return

@@ -37,6 +37,8 @@ def _rows(cls: type[BaseModel], prefix: str, values: BaseModel | None) -> Iterat
         required = info.is_required() and values is None
         default = None if required else getattr(values, name) if values else info.get_default(call_default_factory=True)
         if _is_model(inner) and not issubclass(inner, Node):
+            if default is None and not required:
+                yield Row(key, "settings | null", None, False, "", info.description or "")
             yield from _rows(inner, f"{key}.", default if isinstance(default, BaseModel) else None)
             continue
         text, unit = re.fullmatch(r"(.*?)\s*(?:\[([^]]+)\])?", info.description or "", re.DOTALL).groups()  # type: ignore[union-attr]

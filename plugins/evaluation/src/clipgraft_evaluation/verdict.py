@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -115,11 +116,17 @@ def check(
     jobs, folder = {}, out / (claim.shares or claim.name)
     for k, arm in ((k, arm) for k in range(seeds) for arm in claim.arms):
         overrides = (*arm.overrides, f"model.from={claim.bases[k % len(claim.bases)]}")
-        jobs[arm.name, k] = Job(arm=arm, seed=k, overrides=overrides, folder=folder / f"seed-{k}" / arm.name)
+        told = hashlib.sha256(repr((arm.recipe, overrides)).encode()).hexdigest()[:6]
+        name = f"{arm.name}-{told}" if claim.shares else arm.name  # another claim's arm of this name may differ
+        jobs[arm.name, k] = Job(arm=arm, seed=k, overrides=overrides, folder=folder / f"seed-{k}" / name)
     work = [(job, identity(job)) for job in jobs.values()]  # a mistake in a config shows before anything runs
     usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
     with ThreadPoolExecutor(cores := min(len(usable), len(work))) as pool:
-        seconds = sum(pool.map(lambda pair: pair[0].finish(run_arm, identity=pair[1]), work)) / cores
+        try:
+            seconds = sum(pool.map(lambda pair: pair[0].finish(run_arm, identity=pair[1]), work)) / cores
+        except BaseException:  # Ctrl-C too: what hasn't begun never begins
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
     def values(arm: Arm, when: str) -> dict[str, list[float]]:
         return {m: [jobs[arm.name, k].value(when, m) for k in range(seeds)] for m in claim.metrics}
