@@ -413,3 +413,15 @@ def test_the_pages_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
             if line.startswith("pip ") or line.strip() == "clipgraft demo":
                 continue
             shell(f"{line} {FEW}" if "run genhancer" in line else line)
+
+
+def test_every_setting_says_what_it_is() -> None:
+    from clipgraft.config.describe import describe
+    from clipgraft.registry import Registry
+    from clipgraft.spec import KINDS
+
+    registry, bare = Registry.discover(), set()
+    for registered in (r for kind in KINDS for r in registry.list(kind)):
+        config = registry.config_class(registered.kind, registered.name)
+        bare |= {f"{registered.name} {row.key}" for row in (describe(config) if config else ()) if not row.description}
+    assert not bare

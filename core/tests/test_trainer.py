@@ -165,7 +165,7 @@ def test_another_number_of_processes_is_refused(tmp_path):
         shutil.copy(state / "rng-0.safetensors", new / "rng-1.safetensors")
     shutil.rmtree(state)
     (tmp_path / "two").rename(state)
-    with pytest.raises(InputError, match=r"saved by 2 processes and 1 came up; resume with torchrun --nproc_per_node 2"):
+    with pytest.raises(InputError, match=r"by 2 processes and 1 came up; resume with torchrun --nproc_per_node 2"):
         fit(tmp_path, 4)
 
 

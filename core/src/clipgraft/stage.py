@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -47,7 +48,7 @@ class JobStage:
         return self.job(run)
 
 
-class TrainStage(nn.Module):
+class TrainStage(nn.Module, ABC):
     """Model, teachers, heads and losses as one module: ``forward(batch)`` is the whole step of a method.
 
     Frozen parts: call ``freeze(module)``; they stay in eval mode, out of the optimizer and out of the resume state.
@@ -65,9 +66,9 @@ class TrainStage(nn.Module):
         self.name, self.train_config, self.source = name, train, source
         self._frozen: list[nn.Module] = []
 
+    @abstractmethod
     def forward(self, batch: Batch) -> StepOutput:
         """One batch -> scalar loss and named terms."""
-        raise NotImplementedError  # pragma: no cover - the subclass is the method
 
     def current_encoder(self) -> Encoder | None:
         """The encoder being trained, as evaluation and export should see it; None when this stage trains none."""
@@ -127,13 +128,13 @@ class ContrastiveStage(TrainStage):
 
     batch_coupled: ClassVar[bool] = True
 
+    @abstractmethod
     def encode(self, batch: Batch) -> tuple[Tensor, ...]:
         """A chunk of b samples -> features, each (b, ...)."""
-        raise NotImplementedError  # pragma: no cover - the subclass is the method
 
+    @abstractmethod
     def loss_from(self, features: tuple[Tensor, ...], batch: Batch) -> StepOutput:
         """Features of the whole batch -> loss; the only other parameters read here are scalars."""
-        raise NotImplementedError  # pragma: no cover - the subclass is the method
 
     def forward(self, batch: Batch) -> StepOutput:
         """The step without a cache."""

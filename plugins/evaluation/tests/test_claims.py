@@ -189,7 +189,8 @@ def test_claims_that_share_a_folder_take_up_each_others_arms(tmp_path: Path) -> 
     assert len(ran) == 4, "a claim that shares nothing runs its own arms"
     ran.clear()
     longer = (replace(claim().controls[0], overrides=("train.steps=9",)),)
-    check(claim(controls=longer, shares="fake/arms"), seeds=2, out=tmp_path, run_arm=fake_runner(ran), identity=identity)
+    third = claim(controls=longer, shares="fake/arms")
+    check(third, seeds=2, out=tmp_path, run_arm=fake_runner(ran), identity=identity)
     assert sorted(ran) == [("anchor-only", 0), ("anchor-only", 1)], "one name, other settings: another run"
     ran.clear()
     check(claim(shares="fake/arms"), seeds=2, out=tmp_path, run_arm=fake_runner(ran), identity=identity)

@@ -86,12 +86,12 @@ class TrainConfig(Config):
     steps: int = Field(..., gt=0, description="optimizer steps")
     batch_size: int = Field(..., gt=0, description="samples per optimizer step over all ranks and chunks")
     lr: float = Field(..., gt=0, description="peak learning rate")
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="fused AdamW, or SGD with momentum")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="decay of AdamW's two averages per step")
     momentum: float = Field(0.9, ge=0, lt=1, description="for sgd")
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(1e-8, gt=0, description="added to AdamW's denominator")
     weight_decay: float = Field(0.01, ge=0, description="not applied to biases, norms and scalars")
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="learning rate after the warm-up")
     warmup: int = Field(0, ge=0, description="linear warm-up [steps]")
     layer_decay: float = Field(1.0, gt=0, le=1, description="learning rate factor per tower block from the top")
     clip_norm: float | None = Field(1.0, gt=0, description="gradient L2 norm limit; null switches it off")
@@ -99,7 +99,7 @@ class TrainConfig(Config):
         1, gt=0, description="chunks per optimizer step; batch-coupled losses use the feature cache"
     )
     ema: float | None = Field(None, gt=0, lt=1, description="decay per step of averaged weights, exported when set")
-    log_every: int = Field(10, gt=0, description="[steps]")
+    log_every: int = Field(10, gt=0, description="a line of metrics.jsonl every n steps [steps]")
     save_every: int = Field(0, ge=0, description="resume state every n steps; 0 saves only on a stop request [steps]")
     keep: int = Field(2, gt=0, description="resume states to keep")
     evaluate_every: int = Field(0, ge=0, description="run evaluate.on every n steps; 0 never [steps]")
@@ -108,9 +108,9 @@ class TrainConfig(Config):
 class EvaluateConfig(Config):
     """What is measured before and after the run."""
 
-    on: tuple[EvaluatorRef, ...] = ()
+    on: tuple[EvaluatorRef, ...] = Field((), description="evaluators before and after the run, and every n steps")
     data: str | None = Field(None, description="default data reference of the evaluators")
-    batch_size: int = Field(256, gt=0)
+    batch_size: int = Field(256, gt=0, description="images per forward pass")
     every_stage: bool = Field(False, description="measure between stages too")
 
 
@@ -119,10 +119,10 @@ class RunConfig(Config):
 
     model: ModelConfig
     data: DataConfig
-    grafts: tuple[GraftRef, ...] = ()
+    grafts: tuple[GraftRef, ...] = Field((), description="structural changes of the model, applied in this order")
     evaluate: EvaluateConfig = EvaluateConfig()
-    hooks: tuple[HookRef, ...] = ()
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    hooks: tuple[HookRef, ...] = Field((), description="lifecycle hooks to switch on")
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field((), description="also log there")
     requires: tuple[str, ...] = Field((), description="requirements of plugins, such as clipgraft-diffusion>=0.1")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast; weights stay fp32")
     seed: int = Field(0, ge=0)

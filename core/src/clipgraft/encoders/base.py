@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
@@ -62,7 +63,7 @@ class Origin:
     lineage: tuple[dict[str, Any], ...] = ()
 
 
-class ImageEncoder(nn.Module):
+class ImageEncoder(nn.Module, ABC):
     """An image tower. ``width`` W, ``embed_dim`` D, ``depth`` blocks, ``grid`` (h, w) of patch tokens or None."""
 
     width: int
@@ -70,12 +71,12 @@ class ImageEncoder(nn.Module):
     depth: int
     grid: tuple[int, int] | None
 
+    @abstractmethod
     def forward(self, pixels: Tensor, want: FeatureRequest = DEFAULT_REQUEST) -> ImageFeatures:
         """Standardised pixels (B, 3, H, W') -> features."""
-        raise NotImplementedError  # pragma: no cover - the subclass is the tower
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(nn.Module, ABC):
     """A text tower. ``trim_exact`` says that dropping trailing padding leaves the pooled embedding unchanged."""
 
     width: int
@@ -83,14 +84,15 @@ class TextEncoder(nn.Module):
     context_length: int
     trim_exact: bool
 
+    @abstractmethod
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids (B, L) -> token embeddings (B, L, W) without positions, for prompt learning."""
-        raise NotImplementedError  # pragma: no cover - the subclass is the tower
 
     def trim(self, tokens: Tensor) -> Tensor:
         """Token ids (B, L) -> (B, L') without the columns that no pooled embedding sees; unchanged otherwise."""
         return tokens
 
+    @abstractmethod
     def forward(
         self, tokens: Tensor, want: FeatureRequest = DEFAULT_REQUEST, *, ids: Tensor | None = None
     ) -> TextFeatures:
@@ -98,7 +100,6 @@ class TextEncoder(nn.Module):
 
         from which pooling and masks are read (a learned token has any id that is neither the end nor padding).
         """
-        raise NotImplementedError  # pragma: no cover - the subclass is the tower
 
 
 class Graft(Protocol):

@@ -64,7 +64,7 @@ class LowRank(nn.Module):
 class Lora(Config):
     """Freeze towers and train low-rank adapters in them; at export they become plain weights."""
 
-    rank: int = Field(8, gt=0)
+    rank: int = Field(8, gt=0, description="columns of A and B")
     alpha: float = Field(16, gt=0, description="the update is scaled by alpha / rank")
     dropout: float = Field(0, ge=0, lt=1, description="share of an adapter's input features dropped per forward")
     towers: tuple[Literal["image", "text"], ...] = Field(("image", "text"), description="the others stay as they are")

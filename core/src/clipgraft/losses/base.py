@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
@@ -40,7 +41,7 @@ class LossInputs:
         return widened(value.detach() if name.startswith("teacher") else value)
 
 
-class Loss(nn.Module):
+class Loss(nn.Module, ABC):
     """A pure objective; subclasses give ``terms``. ``needs_*``: what gets a gradient beside the embeddings.
 
     ``batch_coupled``: rows are contrasted with each other. ``reduction``: local is a mean over this rank's rows, whose
@@ -60,9 +61,9 @@ class Loss(nn.Module):
         with torch.autocast(device, enabled=False):
             return self.terms(inputs)
 
+    @abstractmethod
     def terms(self, inputs: LossInputs) -> dict[str, Tensor]:
         """The objective itself."""
-        raise NotImplementedError  # pragma: no cover - the subclass is the objective
 
 
 def gathered_unit(x: Tensor) -> Tensor:

@@ -47,10 +47,10 @@ Captions = Literal["short", "long", "detailed", "reworded"]
 class WorldConfig(Config):
     """What every source of the world takes."""
 
-    split: Split = "train"
+    split: Split = Field("train", description="never share a picture")
     n: int = Field(2048, gt=0, description="number of samples")
     size: Literal[32, 64] = Field(32, description="image side [pixels]")
-    seed: int = Field(0, ge=0, lt=2048)
+    seed: int = Field(0, ge=0, lt=2048, description="other pictures of the same split")
 
 
 class ImagesConfig(WorldConfig):
@@ -66,10 +66,10 @@ class ImagesConfig(WorldConfig):
 class MinimalPairsConfig(Config):
     """Minimal pairs."""
 
-    split: Split = "test"
+    split: Split = Field("test", description="never share a picture")
     per_pattern: int = Field(64, gt=0, le=2**16, description="pairs of each of the nine patterns")
-    size: Literal[32, 64] = 32
-    seed: int = Field(0, ge=0, lt=2048)
+    size: Literal[32, 64] = Field(32, description="image side [pixels]")
+    seed: int = Field(0, ge=0, lt=2048, description="other pictures of the same split")
 
 
 def scene_attributes() -> dict[str, tuple[str, ...]]:

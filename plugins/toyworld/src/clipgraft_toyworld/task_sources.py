@@ -33,7 +33,7 @@ class VideosConfig(WorldConfig):
     """Short videos."""
 
     n: int = Field(512, gt=0, description="number of videos")
-    frames: int = Field(8, ge=2, le=32)
+    frames: int = Field(8, ge=2, le=32, description="pictures per video")
 
 
 class Defects:

@@ -32,12 +32,12 @@ class ConditionConfig(Config):
 class DenoiserConfig(Config):
     """The FLUX-like transformer."""
 
-    width: int = Field(3072, gt=0)
-    heads: int = Field(24, gt=0)
+    width: int = Field(3072, gt=0, description="features of a token")
+    heads: int = Field(24, gt=0, description="attention heads; they divide width")
     depth: int = Field(2, gt=0, description="MM-DiT blocks")
     single_depth: int = Field(4, gt=0, description="single-stream blocks")
     guidance: float | None = Field(4.0, description="constant fed to the guidance embedder; null leaves it out")
-    prediction: Literal["velocity", "sample"] = "velocity"
+    prediction: Literal["velocity", "sample"] = Field("velocity", description="what the denoiser puts out")
     positions: int = Field(0, ge=0, description="learnt channels per latent position; 0: rotary embedding alone")
     checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
 
@@ -45,7 +45,7 @@ class DenoiserConfig(Config):
 class FlowConfig(Config):
     """The law of noise levels."""
 
-    law: Literal["logit-normal", "uniform"] = "logit-normal"
+    law: Literal["logit-normal", "uniform"] = Field("logit-normal", description="how times are drawn")
     scale: float = Field(1.0, gt=0, description="spread of the logit-normal law")
     low: float = Field(0.0, ge=0, le=1, description="of the uniform law")
     high: float = Field(1.0, ge=0, le=1, description="of the uniform law")
@@ -65,19 +65,21 @@ class FlowConfig(Config):
 class LoraConfig(Config):
     """Adapters on the image tower, as the graft core/lora takes them."""
 
-    rank: int = Field(16, gt=0)
-    alpha: float = Field(16.0, gt=0)
-    dropout: float = Field(0.1, ge=0, lt=1)
-    targets: tuple[Literal["q", "k", "v", "o", "mlp", "projection"], ...] = ("q", "k", "v", "o", "mlp")
+    rank: int = Field(16, gt=0, description="columns of A and B")
+    alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank")
+    dropout: float = Field(0.1, ge=0, lt=1, description="share of an adapter's input features dropped per forward")
+    targets: tuple[Literal["q", "k", "v", "o", "mlp", "projection"], ...] = Field(
+        ("q", "k", "v", "o", "mlp"), description="weights to adapt"
+    )
     biases: bool = Field(True, description="train the biases of the adapted layers too")
 
 
 class AnchorConfig(Config):
     """Retention of the base's zero-shot decisions; the paper has none."""
 
-    weight: float = Field(0.0, ge=0)
+    weight: float = Field(0.0, ge=0, description="of the anchor in the loss; 0 switches it off, as in the paper")
     temperature: float | None = Field(None, gt=0, description="factor on the base's cosines; null: its logit scale")
-    learn_temperature: bool = False
+    learn_temperature: bool = Field(False, description="give the student a temperature of its own")
 
 
 class GeneratorConfig(Config):
@@ -91,7 +93,7 @@ class ClipConfig(Config):
     """Stage 2: the image tower trained by the generator's feedback."""
 
     train: TrainConfig
-    tune: Literal["lora", "full"] = "lora"
+    tune: Literal["lora", "full"] = Field("lora", description="train adapters in the image tower, or all of it")
     lora: LoraConfig = LoraConfig()
     trainable: Literal["only", "all"] = Field("only", description="all: projectors and denoiser go on learning")
     generator_lr: float = Field(1.0, gt=0, description="factor on train.lr for projectors and denoiser, with all")
