@@ -56,7 +56,8 @@ def evaluate(
             if skipped := features.skipped(source):
                 evaluation = replace(evaluation, metrics={**evaluation.metrics, "skipped": float(skipped)})
             spread = intervals(evaluation.statistics, evaluation.samples) if evaluation.samples else {}
-            found[key] = replace(evaluation, intervals=spread)
+            lower = (evaluation.lower | getattr(evaluator, "lower_is_better", frozenset())) & evaluation.metrics.keys()
+            found[key] = replace(evaluation, intervals=spread, lower=lower)
     return found
 
 

@@ -21,6 +21,7 @@ class Evaluation:
 
     ``samples``: one record per sample with plain JSON values and a unique ``id``, in source order. ``statistics``: how
     a metric follows from them, which gives its ``intervals`` (95 %, filled in by ``evaluate``) and paired tests.
+    ``lower``: metrics of which less is better, from the evaluator's class attribute ``lower_is_better``, a frozenset.
     """
 
     metrics: dict[str, float]
@@ -28,6 +29,7 @@ class Evaluation:
     samples: tuple[Mapping[str, Any], ...] = ()
     statistics: Mapping[str, Statistic] = field(default_factory=dict)
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    lower: frozenset[str] = frozenset()
 
     def summary(self) -> dict[str, Any]:
         """Everything but the samples, as plain JSON types."""
@@ -36,6 +38,7 @@ class Evaluation:
             "counts": {k: list(v) for k, v in self.counts.items()},
             "intervals": {k: list(v) for k, v in self.intervals.items()},
             "shares": {k: v.as_dict() for k, v in self.statistics.items() if isinstance(v, Share)},
+            "lower": sorted(self.lower),
         }
 
 

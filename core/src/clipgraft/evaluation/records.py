@@ -50,6 +50,7 @@ def read(folder: Path) -> dict[str, Evaluation]:
             samples=tuple(read_rows(folder / entry["samples"])) if entry["samples"] else (),
             statistics={k: Share.from_dict(v) for k, v in entry.get("shares", {}).items()},
             intervals={k: (v[0], v[1]) for k, v in entry.get("intervals", {}).items()},
+            lower=frozenset(entry.get("lower", ())),
         )
     return found
 

@@ -111,20 +111,41 @@ def difference(
     Samples that only one side has are left out; ``ClipgraftError`` when none is shared.
     """
     (one, rows), (two, others) = first, second
+    return differences(({"": one}, rows), ({"": two}, others), draws=draws, seed=seed)[""]
+
+
+def differences(
+    first: tuple[Mapping[str, Statistic], Records],
+    second: tuple[Mapping[str, Statistic], Records],
+    *,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> dict[str, Difference]:
+    """As ``difference`` for the metrics that both sides have, all from the same draws."""
+    rows, others = paired(first[1], second[1])
+    both = {name: (one, second[0][name]) for name, one in first[0].items() if name in second[0]}
+    bound = {name: (one.bind(rows), two.bind(others)) for name, (one, two) in both.items()}
+    drawn: dict[str, list[Tensor]] = {name: [] for name in both}
+    for weights in _draws(len(rows), draws, seed):
+        for name, (f, g) in bound.items():
+            drawn[name].append(g(weights) - f(weights))
+    once, found = torch.ones(1, len(rows), dtype=torch.float64), {}
+    for name, (f, g) in bound.items():
+        gap, spread, table = float(g(once) - f(once)), torch.cat(drawn[name]), _table(both[name], rows, others)
+        p_value, test = (
+            (bootstrap_p_value(spread), "paired bootstrap") if table is None else (mcnemar(*table), "McNemar")
+        )
+        found[name] = Difference(gap, *_range(spread, 0.95), p_value, test)
+    return found
+
+
+def paired(rows: Records, others: Records) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """The samples that both have, in the order of the first; ``ClipgraftError`` when there is none."""
     place = {row["id"]: k for k, row in enumerate(others)}
-    shared = [(k, place[row["id"]]) for k, row in enumerate(rows) if row["id"] in place]
+    shared = [(row, others[place[row["id"]]]) for row in rows if row["id"] in place]
     if not shared:
         raise ClipgraftError("the two results share no sample; measure both on the same data")
-    rows, others = [rows[a] for a, _ in shared], [others[b] for _, b in shared]
-    f, g = one.bind(rows), two.bind(others)
-    once = torch.ones(1, len(rows), dtype=torch.float64)
-    gap = float(g(once) - f(once))
-    drawn = torch.cat([g(weights) - f(weights) for weights in _draws(len(rows), draws, seed)])
-    low, high = _range(drawn, 0.95)
-    table = _table(one, rows, two, others)
-    if table is not None:
-        return Difference(gap, low, high, mcnemar(*table), "McNemar")
-    return Difference(gap, low, high, bootstrap_p_value(drawn), "paired bootstrap")
+    return [row for row, _ in shared], [other for _, other in shared]
 
 
 def mcnemar(lost: int, won: int) -> float:
@@ -151,8 +172,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _table(one: Statistic, rows: Records, two: Statistic, others: Records) -> tuple[int, int] | None:
+def _table(both: tuple[Statistic, Statistic], rows: Records, others: Records) -> tuple[int, int] | None:
     """How many only the first has right, and only the second; None where answers aren't right or wrong."""
+    one, two = both
     if not (isinstance(one, Share) and isinstance(two, Share) and one == two and one.binary):
         return None
     pairs = [

@@ -1,0 +1,137 @@
+"""Two models on the same samples, metric by metric: the difference, how sure it is, and a verdict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from clipgraft.errors import ClipgraftError, InputError
+from clipgraft.evaluation.base import Evaluation
+from clipgraft.evaluation.statistics import DRAWS, Difference, differences, holm, paired, value
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from clipgraft.log import RunLog
+
+Verdict = Literal["better", "worse", "cannot tell", "not testable"]
+UNTESTABLE: Verdict = "not testable"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One metric of both models. ``difference`` = b minus a, with its 95 % interval; ``n`` samples measured on both.
+
+    ``verdict`` is about b and knows of which metrics less is better. Without a statistic there is no test.
+    """
+
+    evaluator: str
+    metric: str
+    a: float
+    b: float
+    difference: float
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    p_adjusted: float | None = None
+    test: str = UNTESTABLE
+    verdict: Verdict = UNTESTABLE
+    n: int | None = None
+
+    @property
+    def name(self) -> str:
+        """``evaluator.metric``."""
+        return f"{self.evaluator}.{self.metric}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types; null for what isn't finite."""
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
+
+
+def compare(
+    a: Mapping[str, Evaluation], b: Mapping[str, Evaluation], *, alpha: float = 0.05, log: RunLog | None = None
+) -> list[Row]:
+    """A row per metric that both have, evaluators joined by name and samples by id; p-values adjusted over the table.
+
+    Values are of the shared samples where the two differ. A statistic that one side lacks, because it was read from
+    disk, is the other's. Tables of many rows draw more often, so that the adjustment (Holm 1979) can't by itself keep
+    a bootstrap below ``alpha`` out of reach. ``InputError`` when an evaluator's two results share no sample.
+    """
+    if not 0 < alpha < 1:
+        raise InputError(f"alpha is {alpha}; give a share between 0 and 1, such as 0.05")
+    both = {name: (a[name], b[name]) for name in a if name in b}
+    tests = sum(len(_statistics(one, two)) for one, two in both.values())
+    draws = max(DRAWS, math.ceil(4 * tests / alpha))
+    rows: list[Row] = []
+    with log.progress("comparing", len(both)) if log else nullcontext() as bar:
+        for name, (one, two) in both.items():
+            rows += _rows(name, one, two, draws=draws)
+            if bar is not None:
+                bar.advance()
+    tested = [row for row in rows if row.p is not None]
+    adjusted = dict(zip([row.name for row in tested], holm([row.p or 0.0 for row in tested]), strict=True))
+    lower = {f"{name}.{metric}" for name, pair in both.items() for e in pair for metric in {"skipped", *e.lower}}
+    return [_judged(row, adjusted.get(row.name), row.name in lower, alpha) for row in rows]
+
+
+def _statistics(one: Evaluation, two: Evaluation) -> dict[str, Any]:
+    """{metric: statistic} of the metrics that both have, if both kept samples."""
+    found = {**two.statistics, **one.statistics} if one.samples and two.samples else {}
+    return {name: found[name] for name in one.metrics if name in found and name in two.metrics}
+
+
+def _rows(name: str, one: Evaluation, two: Evaluation, *, draws: int) -> list[Row]:
+    """Values, differences and unadjusted tests of one evaluator."""
+    found: dict[str, Difference] = {}
+    metrics = [metric for metric in one.metrics if metric in two.metrics]
+    then, now, n = dict(one.metrics), dict(two.metrics), None
+    if statistics := _statistics(one, two):
+        try:
+            rows, others = paired(one.samples, two.samples)
+        except ClipgraftError as error:
+            raise InputError(f"{name}: {error}") from error
+        found, n = differences((statistics, rows), (statistics, others), draws=draws), len(rows)
+        if not len(one.samples) == len(two.samples) == n:
+            then |= {metric: value(statistic, rows) for metric, statistic in statistics.items()}
+            now |= {metric: value(statistic, others) for metric, statistic in statistics.items()}
+    made = []
+    for metric in metrics:
+        row = Row(name, metric, then[metric], now[metric], now[metric] - then[metric])
+        if d := found.get(metric):
+            row = replace(row, difference=d.value, low=d.low, high=d.high, p=d.p_value, test=d.test, n=n)
+        made.append(row)
+    return made
+
+
+def _judged(row: Row, adjusted: float | None, lower: bool, alpha: float) -> Row:
+    if adjusted is None:
+        return row
+    sure = adjusted <= alpha and row.difference != 0 and math.isfinite(row.difference)
+    verdict: Verdict = "cannot tell" if not sure else "better" if (row.difference > 0) != lower else "worse"
+    return replace(row, p_adjusted=adjusted, verdict=verdict)
+
+
+def as_table(rows: Sequence[Row], *, names: tuple[str, str], title: str = "") -> Table:
+    """For people: one section per evaluator, p-values adjusted."""
+    from rich.table import Table
+    from rich.text import Text
+
+    tests = sum(row.p is not None for row in rows)
+    caption = f"difference with its 95 % interval; p adjusted for {tests} tests (Holm)" if tests else None
+    table = Table("metric", title=title or None, caption=caption)
+    for column in (*names, "difference", "p"):
+        table.add_column(column, justify="right", overflow="fold")
+    table.add_column("verdict", no_wrap=True)
+    styles = {"better": "green", "worse": "red"}
+    for k, row in enumerate(rows):
+        if k == 0 or row.evaluator != rows[k - 1].evaluator:
+            table.add_section()
+            table.add_row(Text(row.evaluator, "bold"), *[""] * 3, "" if row.n is None else f"n {row.n}")
+        spread = "" if row.low is None else f" [{row.low:+.4f}, {row.high:+.4f}]"
+        cells = [f"  {row.metric}", f"{row.a:.4f}", f"{row.b:.4f}", f"{row.difference:+.4f}{spread}"]
+        cells.append("" if row.p_adjusted is None else f"{row.p_adjusted:.2g}")
+        table.add_row(*map(Text, cells), Text(row.verdict, styles.get(row.verdict, "dim")))
+    return table
