@@ -10,15 +10,16 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from clipgraft import distributed, files
+from clipgraft import distributed, files, retention
 from clipgraft.errors import InputError, Interrupted
+from clipgraft.evaluation.comparison import Row
 from clipgraft.log import RunLog
 from clipgraft.recipe import Recipe, StagePlan
 from clipgraft.registry import Registry, current
@@ -30,7 +31,10 @@ LIBRARIES = ("clipgraft", "torch", "torchvision", "accelerate", "open_clip_torch
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What ``run_recipe`` returns; ``metrics`` are those measured after the run, "evaluator.metric" -> value."""
+    """What ``run_recipe`` returns; ``metrics`` are those measured after the run, "evaluator.metric" -> value.
+
+    ``forgetting``: "evaluator.metric" -> {"before", "after", "p", "verdict"} of ``evaluate.retention``.
+    """
 
     run: Path
     export: Path | None
@@ -38,6 +42,7 @@ class Result:
     steps: int
     metrics: dict[str, float]
     seconds: float
+    forgetting: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -47,6 +52,7 @@ class Result:
             "status": self.status,
             "steps": self.steps,
             "metrics": self.metrics,
+            "forgetting": self.forgetting,
             "seconds": round(self.seconds, 2),
         }
 
@@ -84,6 +90,7 @@ def run_recipe(
         )
         changes += [] if seed is None else [f"seed={seed}"]
         registered, config = load_recipe(recipe, files=configs, overrides=changes, registry=registry)
+        retention.check(config, registry=registry)
         path = Path(out) if out is not None else _new_folder(registered.name)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -114,16 +121,18 @@ def _execute(run: Run, recipe: Recipe) -> Result:
             run.status("running")
             run.hooks.call("on_run_start", run=run)
             run.measure("before")
+            retention.before(run)
             left: dict[str, torch.nn.Module] = {}
             for plan in stages:
                 left |= shipped(_run_stage(run, plan))
                 if run.config.evaluate.every_stage and plan is not stages[-1]:
                     run.measure(f"after-{plan.name}")
-            metrics = run.measure("after")
+            metrics, kept = run.measure("after"), retention.after(run)
             export = run.path / "export"
             if run.is_main:
                 run.log.info(f"writing {export}")
-                write_export(run.encoder, export, components=left, lineage=run.lineage(), card=model_card(run, metrics))
+                card = model_card(run, metrics, kept)
+                write_export(run.encoder, export, components=left, lineage=run.lineage(), card=card)
             distributed.barrier()
     except BaseException as error:
         stopped = isinstance(error, Interrupted)
@@ -137,7 +146,7 @@ def _execute(run: Run, recipe: Recipe) -> Result:
     seconds = time.monotonic() - began
     steps = sum(_steps(run.stage_folder(p.name) / "metrics.jsonl") for p in stages)
     run.status("done", seconds=round(seconds, 2), steps=steps)
-    return Result(run.path, export, "done", steps, metrics, seconds)
+    return Result(run.path, export, "done", steps, metrics, seconds, retention.as_metrics(kept))
 
 
 def _run_stage(run: Run, plan: StagePlan) -> StageResult:
@@ -225,8 +234,8 @@ def environment(run: Run) -> dict[str, Any]:
     }
 
 
-def model_card(run: Run, metrics: Mapping[str, float]) -> str:
-    """README.md of the export: what it is, what was done, what was measured."""
+def model_card(run: Run, metrics: Mapping[str, float], kept: Sequence[Row] = ()) -> str:
+    """README.md of the export: what it is, what was done, what was measured, what it cost."""
     before = run.measure("before")
     rows = "".join(
         f"| {name} | {before.get(name, float('nan')):.4f} | {value:.4f} |\n" for name, value in metrics.items()
@@ -235,7 +244,7 @@ def model_card(run: Run, metrics: Mapping[str, float]) -> str:
     paper = f"\nMethod: {run.recipe.component.paper}\n" if run.recipe.component.paper else ""
     return (
         f"# {run.recipe.name} on {run.config.model.from_}\n\n{run.recipe.component.summary}\n{paper}"
-        f"\nData: `{run.config.data.from_}`. Seed {run.seed}.\n{table}"
+        f"\nData: `{run.config.data.from_}`. Seed {run.seed}.\n{table}{retention.as_markdown(kept)}"
     )
 
 

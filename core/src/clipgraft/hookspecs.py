@@ -45,6 +45,11 @@ def clipgraft_evaluators() -> list[Component]:  # type: ignore[empty-body]
 
 
 @hookspec
+def clipgraft_suites() -> list[Component]:  # type: ignore[empty-body]
+    """Suites: the target is a function ``(encoder) -> Sequence[str]`` of "NAME@SRC" entries that suit the model."""
+
+
+@hookspec
 def clipgraft_recipes() -> list[Component]:  # type: ignore[empty-body]
     """Recipes; the target is called with the whole config object, presets are YAML files in the ``presets`` folder."""
 

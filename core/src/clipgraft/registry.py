@@ -45,7 +45,7 @@ KNOWN_PLUGINS = {
     "evaluation": "mmvp aro sugarcrepe winoground knn clustering calibration out-of-distribution corruption geometry",
     "llm": "llm2clip long-clip tinyclip mobileclip",
     "merging": "soup wise-ft ties sam-clip radio clip-moe",
-    "toyworld": "images pairs defects videos digits photos clip clip-1 clip-2",
+    "toyworld": "images pairs defects videos digits photos clip clip-1 clip-2 retention",
     "video": "vifi-clip x-clip ez-clip froster tempme",
 }
 """Plugins of the project and the names people look for, only to say what to install."""
@@ -181,7 +181,7 @@ class Registry:
     def build(self, kind: Kind, name: str, settings: Mapping[str, Any]) -> Any:
         """Check ``settings`` and call the target with the config's fields (a recipe: with the config itself).
 
-        A claim's target is the claim and is returned as it is.
+        The target of a claim or a suite is returned as it is.
         """
         from clipgraft.config.load import validate
 
@@ -190,7 +190,7 @@ class Registry:
         if cls is None and settings:
             raise InputError(f"{registered.name} has no settings, got {', '.join(settings)}; leave them out")
         if cls is None:
-            return target if kind == "claim" else target()
+            return target if kind in ("claim", "suite") else target()
         config = validate(cls, settings, where=registered.name)
         return target(config) if kind == "recipe" else target(**{f: getattr(config, f) for f in cls.model_fields})
 

@@ -32,6 +32,11 @@ def _as_node(value: Any) -> Any:
     return {"use": value} if isinstance(value, str) else value
 
 
+def _as_evaluator(value: Any) -> Any:
+    name, at, data = value.partition("@") if isinstance(value, str) else ("", "", "")
+    return {"use": name, "data": data} if at else _as_node(value)
+
+
 class GraftNode(Node):
     """A graft by name."""
 
@@ -51,7 +56,10 @@ class HookNode(Node):
 
 
 class EvaluatorNode(Node):
-    """An evaluator by name, with the ``data`` reference that it measures on (default: ``evaluate.data``)."""
+    """An evaluator by name, with the ``data`` reference that it measures on (default: ``evaluate.data``).
+
+    "NAME@SRC" is short for both.
+    """
 
     kind: ClassVar[Kind] = "evaluator"
     data: str | None = None
@@ -60,7 +68,7 @@ class EvaluatorNode(Node):
 GraftRef = Annotated[GraftNode, BeforeValidator(_as_node)]
 LossRef = Annotated[LossNode, BeforeValidator(_as_node)]
 HookRef = Annotated[HookNode, BeforeValidator(_as_node)]
-EvaluatorRef = Annotated[EvaluatorNode, BeforeValidator(_as_node)]
+EvaluatorRef = Annotated[EvaluatorNode, BeforeValidator(_as_evaluator)]
 
 
 class ModelConfig(Config):
@@ -112,6 +120,11 @@ class EvaluateConfig(Config):
     data: str | None = Field(None, description="default data reference of the evaluators")
     batch_size: int = Field(256, gt=0, description="images per forward pass")
     every_stage: bool = Field(False, description="measure between stages too")
+    retention: str | tuple[EvaluatorRef, ...] = Field(
+        "auto",
+        description="what training should not cost, measured before and after it: a suite, FILE.yaml, a list of "
+        "evaluators, none, or auto (the suite named retention, if exactly one plugin in use offers one)",
+    )
 
 
 class RunConfig(Config):

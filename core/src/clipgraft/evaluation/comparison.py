@@ -46,6 +46,12 @@ class Row:
         """``evaluator.metric``."""
         return f"{self.evaluator}.{self.metric}"
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Row:
+        """The inverse of ``as_dict``."""
+        numbers = {k: math.nan if data[k] is None else data[k] for k in ("a", "b", "difference")}
+        return cls(**{**data, **numbers})
+
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON types; null for what isn't finite."""
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
