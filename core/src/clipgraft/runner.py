@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from clipgraft import distributed, files
 from clipgraft.config.schema import EvaluatorRef, RunConfig
 from clipgraft.data.loader import TrainLoader
+from clipgraft.data.sampling import plan
 from clipgraft.encoders.base import Encoder
 from clipgraft.errors import ClipgraftError, InputError
 from clipgraft.evaluation import records
@@ -91,8 +92,12 @@ class Run:
         return source
 
     def train_source(self) -> Source:
-        """The source of ``config.data``."""
-        return self.open_source(self.config.data.from_)
+        """The source of ``config.data``, without what ``data.exclude`` lists."""
+        from clipgraft.data.exclude import exclude
+
+        data = self.config.data
+        source = self.open_source(data.from_)
+        return source if data.exclude is None else exclude(source, data.exclude, log=self.log)
 
     def component(self, stage: str, name: str) -> dict[str, torch.Tensor]:
         """Tensors that a finished stage left under ``name``, always read from disk."""
@@ -107,8 +112,7 @@ class Run:
 
     def train_loader(self, stage: TrainStage) -> TrainLoader:
         """The exact, resumable loader of a stage's source on this rank."""
-        world = distributed.world_size()
-        encoder = self.encoder
+        world, data, encoder = distributed.world_size(), self.config.data, self.encoder
         return TrainLoader(
             stage.source,
             preprocess=encoder.preprocess,
@@ -118,8 +122,16 @@ class Run:
             rank=distributed.rank(),
             world=world,
             crop=stage.training_crop,
-            workers=self.config.data.workers,
-            max_bad=self.config.data.max_bad,
+            workers=data.workers,
+            max_bad=data.max_bad,
+            plan=plan(
+                stage.source,
+                balance=data.balance,
+                neighbours=None if data.neighbours is None else Path(data.neighbours).expanduser(),
+                cluster=data.cluster,
+                missing=data.max_bad,
+                log=self.log,
+            ),
         )
 
     def seed_stage(self, name: str, *, per_rank: bool = False) -> None:

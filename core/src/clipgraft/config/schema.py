@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from clipgraft.spec import Kind
 
@@ -81,11 +81,23 @@ class DataConfig(Config):
     """Training data."""
 
     from_: str = Field(
-        alias="from", description="folder:DIR, csv:FILE, or a registered dataset (plugin/name?key=value)"
+        alias="from",
+        description="folder:DIR, csv:FILE, a registered dataset (plugin/name?key=value) or its scheme (name:PATH)",
     )
+    exclude: str | None = Field(None, description="file of sample ids to leave out, one per line")
+    balance: Literal["none", "class", "group"] = Field("none", description="show each of them equally often per epoch")
+    batches: Literal["random", "hard"] = Field("random", description="hard: batches of similar samples")
+    neighbours: str | None = Field(None, description="embeddings (clipgraft embed) that say what resembles what")
+    cluster: int = Field(16, ge=2, description="for hard: neighbours that stand together in a batch [samples]")
     max_bad: float = Field(0.01, ge=0, le=1, description="share of unreadable samples above which the run fails")
     workers: int = Field(0, ge=0, description="data worker processes per rank")
     max_pixels: int = Field(100_000_000, gt=0, description="larger images are refused as decompression bombs [pixels]")
+
+    @model_validator(mode="after")
+    def _hard_needs_neighbours(self) -> Self:
+        if (self.batches == "hard") != (self.neighbours is not None):
+            raise ValueError("batches: hard and neighbours: FILE go together; give both or neither")
+        return self
 
 
 class TrainConfig(Config):

@@ -32,12 +32,13 @@ def open_source(ref: str, *, registry: Registry | None = None, max_pixels: int =
 
         return open_table(rest, max_pixels=max_pixels)
     name, _, query = ref.partition("?")
-    path = {}
+    path: dict[str, object] = {}
     if ":" in name:
         path, name = {"path": name.partition(":")[2]}, scheme
         cls = registry.config_class("dataset", name) if name else None
         if cls is None or "path" not in cls.model_fields:
             raise InputError(f"{ref!r} is no data reference; expected folder:DIR, csv:FILE or a registered dataset")
+        path |= {"max_pixels": max_pixels} if "max_pixels" in cls.model_fields else {}
     if not name:
         raise InputError(f"{ref!r} is no data reference; expected folder:DIR, csv:FILE or a registered dataset")
     pairs = [part.partition("=") for part in query.split("&") if part]

@@ -34,6 +34,17 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class Entry:
+    """What is known of a sample without decoding its image; ``file`` is the image's file name, empty without one."""
+
+    id: str
+    captions: tuple[str, ...] = ()
+    label: int | None = None
+    group: str = ""
+    file: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Pair:
     """A minimal pair in the manner of MMVP-VLM: text i describes image i and not the other one."""
 
@@ -64,6 +75,26 @@ class Source(Protocol):
 
 
 @runtime_checkable
+class Listed(Protocol):
+    """What a source may offer beside ``Source``, so that ids, labels and groups are had without decoding images.
+
+    ``content(i)`` is the encoded image file. Both raise ``BadSample`` for a sample that is known but can't be read.
+    """
+
+    def entry(self, index: int) -> Entry: ...
+
+    def content(self, index: int) -> bytes: ...
+
+
+@runtime_checkable
+class Drawn(Protocol):
+    """A source of which an epoch holds a planned amount per part: ``quotas`` = (indices, how many draws of them)."""
+
+    @property
+    def quotas(self) -> Sequence[tuple[Sequence[int], int]]: ...
+
+
+@runtime_checkable
 class PairSource(Protocol):
     """An indexable source of minimal pairs; ``patterns`` are the names that ``Pair.pattern`` takes."""
 
@@ -85,3 +116,11 @@ class BadSample(Exception):
 
     def __reduce__(self) -> tuple[type[BadSample], tuple[str, str]]:
         return BadSample, (self.sample_id, self.reason)
+
+
+def entry_of(source: Source, index: int) -> Entry:
+    """``source.entry(index)`` where the source offers it; else the sample is read, image and all."""
+    if isinstance(source, Listed):
+        return source.entry(index)
+    sample = source[index]
+    return Entry(sample.id, sample.captions, sample.label, sample.group)

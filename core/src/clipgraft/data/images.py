@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
-from clipgraft.data.base import BadSample, Sample
+from clipgraft.data.base import BadSample, Entry, Sample
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -17,6 +17,7 @@ MAX_PIXELS = 100_000_000
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"))
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What Pillow may try: some of its other decoders start programs (EPS starts Ghostscript)."""
+LEAVES = "refused: the path leaves the data folder"
 
 
 def as_rgb(image: Image) -> Image:
@@ -36,18 +37,23 @@ def as_rgb(image: Image) -> Image:
 
 
 def read_image(path: Path, *, root: Path, sample_id: str, max_pixels: int = MAX_PIXELS) -> Image:
-    """The first frame of ``path``, upright by its EXIF tag, as RGB; ``BadSample`` whatever is wrong with the file.
+    """``decode_image`` of a file, refused when it leaves ``root`` (which is resolved)."""
+    if not path.resolve().is_relative_to(root):
+        raise BadSample(sample_id, LEAVES)
+    return decode_image(path, sample_id=sample_id, max_pixels=max_pixels)
 
-    ``root`` is resolved. The header decides about ``max_pixels`` before anything is decoded; Pillow's own limit
+
+def decode_image(file: Path | BinaryIO, *, sample_id: str, max_pixels: int = MAX_PIXELS) -> Image:
+    """The first frame, upright by its EXIF tag, as RGB; ``BadSample`` whatever is wrong with the file.
+
+    The header decides about ``max_pixels`` before anything is decoded; Pillow's own limit
     (2 x ``PIL.Image.MAX_IMAGE_PIXELS``) holds beside it.
     """
     from PIL import Image as pillow
     from PIL import ImageOps, UnidentifiedImageError
 
     try:
-        if not path.resolve().is_relative_to(root):
-            raise BadSample(sample_id, "refused: the path leaves the data folder")
-        with pillow.open(path, formats=FORMATS) as image:
+        with pillow.open(file, formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 size = f"{image.width} x {image.height} pixels"
                 raise BadSample(sample_id, f"refused: {size} exceed data.max_pixels {max_pixels}")
@@ -63,9 +69,19 @@ def read_image(path: Path, *, root: Path, sample_id: str, max_pixels: int = MAX_
     raise BadSample(sample_id, reason)
 
 
+def checked_weights(captions: Sequence[str], weights: Sequence[float]) -> tuple[float, ...]:
+    """``weights`` as floats; ``ValueError`` unless there is one per caption, none negative, their sum positive."""
+    found = tuple(float(weight) for weight in weights)
+    if found and len(found) != len(captions):
+        raise ValueError(f"{len(found)} caption_weights for {len(captions)} captions; give one per caption")
+    if found and not (all(0 <= weight < float("inf") for weight in found) and sum(found) > 0):
+        raise ValueError("caption_weights must be finite, none negative and not all zero")
+    return found
+
+
 @dataclass
 class ImageFiles:
-    """A source of image files below ``root``: {relative path: captions} and maybe {relative path: label}."""
+    """A source of image files below ``root``: {relative path: captions} and maybe labels and more of ``Sample``."""
 
     name: str
     root: Path
@@ -75,6 +91,9 @@ class ImageFiles:
     max_pixels: int
     templates: Sequence[str] = ()
     attributes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    weights: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    negatives: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    groups: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.ids = list(self.captions)
@@ -83,7 +102,8 @@ class ImageFiles:
             path = self.root / name
             stat = path.stat() if path.exists() else None
             row = (name, stat and (stat.st_size, stat.st_mtime_ns), tuple(self.captions[name]), self.labels.get(name))
-            digest.update(repr(row).encode("utf-8", "backslashreplace"))
+            more = tuple(facts[name] for facts in (self.weights, self.negatives, self.groups) if name in facts)
+            digest.update(repr(row + more).encode("utf-8", "backslashreplace"))
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -93,5 +113,30 @@ class ImageFiles:
         name = self.ids[index]
         if "" in self.captions[name]:
             raise BadSample(name, "empty caption")
-        image = read_image(self.root / name, root=self.root, sample_id=name, max_pixels=self.max_pixels)
-        return Sample(name, image, tuple(self.captions[name]), self.labels.get(name))
+        return Sample(
+            name,
+            read_image(self.root / name, root=self.root, sample_id=name, max_pixels=self.max_pixels),
+            tuple(self.captions[name]),
+            self.labels.get(name),
+            caption_weights=tuple(self.weights.get(name, ())),
+            negatives=tuple(self.negatives.get(name, ())),
+            group=self.groups.get(name, ""),
+        )
+
+    def entry(self, index: int) -> Entry:
+        """Everything but the image."""
+        name = self.ids[index]
+        return Entry(name, tuple(self.captions[name]), self.labels.get(name), self.groups.get(name, ""), name)
+
+    def content(self, index: int) -> bytes:
+        """The image file."""
+        name = self.ids[index]
+        path = (self.root / name).resolve()
+        if not path.is_relative_to(self.root):
+            raise BadSample(name, LEAVES)
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            raise BadSample(name, "missing file") from None
+        except OSError as error:
+            raise BadSample(name, error.strerror or "can't be read") from None

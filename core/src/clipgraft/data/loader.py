@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import chain, count
@@ -13,6 +12,8 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader
 
 from clipgraft.data.base import BadSample, Pair, PairSource, Sample, Source
+from clipgraft.data.images import checked_weights
+from clipgraft.data.sampling import Plan, epoch_order, seeded
 from clipgraft.data.transforms import evaluation_transform, training_transform
 from clipgraft.encoders.base import Preprocess, Tokenizer
 from clipgraft.errors import ClipgraftError, InputError
@@ -53,11 +54,11 @@ class BadSamples:
 
 @dataclass
 class TrainLoader:
-    """Endless batches; number n on a rank is a pure function of (seed, n, rank).
+    """Endless batches; number n on a rank is a pure function of (seed, n, rank), in the order of ``epoch_order``.
 
     ``batch_size`` samples per rank; a global batch of ``batch_size * world`` holds the same augmented samples whatever
     ``world`` is, and the last incomplete one of an epoch is dropped. ``crop`` None takes the evaluation transform;
-    ``Sample.extra`` is never cropped along. With a tokenizer, ``Batch.text`` is one caption per sample drawn at random;
+    ``Sample.extra`` is never cropped along. With a tokenizer, ``Batch.text`` is one caption per sample drawn by weight;
     class names in the source's templates stand in for captions. An unreadable sample is replaced, by one from outside
     the global batch if there is any; more than ``max_bad`` (share of the source, counted on this rank) are an error.
     """
@@ -73,15 +74,17 @@ class TrainLoader:
     crop: tuple[float, float] | None = (0.9, 1.0)
     workers: int = 0
     max_bad: float = 0.01
+    plan: Plan | None = None
 
     def __post_init__(self) -> None:
-        self.size, total = self.batch_size * self.world, len(self.source)
+        self.drawn = self.plan or Plan(len(self.source))
+        self.size, total = self.batch_size * self.world, self.drawn.size
         if total < self.size:
             raise InputError(
                 f"{self.source.name} has {total} samples, fewer than one batch of {self.size}; add samples or set "
                 f"batch_size to {total} or less"
             )
-        self.steps_per_epoch, self.allowed = total // self.size, self.max_bad * total
+        self.steps_per_epoch, self.allowed = total // self.size, self.max_bad * len(self.source)
         self._plain = evaluation_transform(self.preprocess)
         self._augmented = training_transform(self.preprocess, self.crop) if self.crop else None
         self._order = -1, torch.empty(0)
@@ -120,9 +123,9 @@ class TrainLoader:
     def _row(self, epoch: int, first: int, lane: int, bad: dict[int, BadSample]) -> Sample | None:
         """The sample of one lane of the global batch that starts at ``first``, as pixels with one caption."""
         if self._order[0] != epoch:
-            rng = _generator(self.seed, epoch, "order")
-            self._order = epoch, torch.randperm(len(self.source), generator=rng)
-        order, outside = self._order[1], len(self.source) - self.size
+            self._order = epoch, epoch_order(self.drawn, seed=self.seed, epoch=epoch)
+        order = self._order[1]
+        outside = len(order) - self.size
         spare = (first + self.size + (lane + k * self.size) % outside for k in range(outside))
         for place in chain([first + lane], spare, range(first + lane, first + lane + len(order))):
             index = int(order[place % len(order)])
@@ -133,19 +136,25 @@ class TrainLoader:
             except BadSample as error:
                 bad[index] = error
                 continue
-            rng = _generator(self.seed, epoch, index)
+            rng = seeded(self.seed, epoch, index)
             caption = self._caption(sample, rng) if self.tokenizer else ()
             pixels = self._augmented(sample.image, rng) if self._augmented else self._plain(sample.image)
             return replace(sample, image=pixels, captions=caption)
         return None
 
     def _caption(self, sample: Sample, rng: Generator) -> tuple[str]:
-        captions = sample.captions
+        captions, weights = sample.captions, sample.caption_weights
         if not captions and sample.label is not None and self.source.classes:
             captions = class_prompts(self.source.classes[sample.label], self.source.templates)
         if not captions:
             raise InputError(f"{self.source.name}: {sample.id} has no caption; train on a csv: with a caption column")
-        return (captions[int(torch.randint(len(captions), (), generator=rng))],)
+        if not weights:
+            return (captions[int(torch.randint(len(captions), (), generator=rng))],)
+        try:
+            share = torch.tensor(checked_weights(captions, weights), dtype=torch.float64)
+        except ValueError as error:
+            raise InputError(f"{self.source.name}: {sample.id}: {error}") from None
+        return (captions[int(torch.multinomial(share, 1, generator=rng))],)
 
     def _collate(self, rows: Sequence[Sample]) -> Batch:
         labels = [row.label for row in rows if row.label is not None]
@@ -196,9 +205,3 @@ def stack_images(items: Sequence[Sample | Pair]) -> Tensor:
     """Images that are tensors -> (b, 3, H, W'); two rows per pair."""
     images = [image for item in items for image in (item.images if isinstance(item, Pair) else (item.image,))]
     return torch.stack([image for image in images if isinstance(image, Tensor)])
-
-
-def _generator(seed: int, epoch: int, what: int | str) -> Generator:
-    """Its own generator for each (seed, epoch, sample); torch's CPU engine reads 32 bits of a seed."""
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{what}".encode(), digest_size=4).digest()
-    return Generator().manual_seed(int.from_bytes(digest, "big"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable
 from pathlib import Path
 
 from clipgraft.data.images import MAX_PIXELS, ImageFiles
@@ -28,10 +29,16 @@ def open_table(file: str | Path, *, max_pixels: int = MAX_PIXELS) -> ImageFiles:
         raise InputError(f"{name}: no row below the header")
     if labels and (bare := captions.keys() - labels.keys()):
         raise InputError(f"{name}: {min(bare)} has no label but others have one; fill in the label column")
-    numeric = all(value.removeprefix("-").isdecimal() for value in labels.values())
-    classes = sorted(set(labels.values()), key=int if numeric else str)
+    classes = classes_of(labels.values())
     index = {value: k for k, value in enumerate(classes)}
     return ImageFiles(name, path.parent, captions, {i: index[v] for i, v in labels.items()}, classes, max_pixels)
+
+
+def classes_of(values: Iterable[str]) -> list[str]:
+    """The distinct labels, sorted, as numbers when all of them are."""
+    names = set(values)
+    numeric = all(name.removeprefix("-").isdecimal() for name in names)
+    return sorted(names, key=int if numeric else str)
 
 
 def _read(path: Path, name: str) -> tuple[dict[str, list[str]], dict[str, str]]:
