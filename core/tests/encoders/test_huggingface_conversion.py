@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,29 @@ def test_hub_repository_of_transformers(tmp_path: Path, monkeypatch: pytest.Monk
     assert encoder.data.model_config["text_cfg"]["hf_tokenizer_name"] == "someone/clip"
     assert encoder.data.origin == Origin("hf:someone/clip", "hf-clip")
     assert torch.equal(encoder.tokenizer(["a cat"]), TinyTokenizer()(["a cat"]))
+
+
+def test_sharded_weights(tmp_path: Path, registry: Registry) -> None:
+    """Large models are saved as several files with an index."""
+    whole = write(tmp_path / "clip", "clip")
+    model = transformers.CLIPModel.from_pretrained(whole)
+    folder = tmp_path / "shards"
+    shutil.copytree(whole, folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="20KB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    expected = load(str(whole), registry=registry).state_dict()
+    found = load(str(folder), registry=registry).state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[k], v) for k, v in expected.items())
+    shards[0].rename(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(InputError, match=f"weights file .*{shards[0].name} is missing"):
+        load(str(folder), registry=registry)
+    index = folder / "model.safetensors.index.json"
+    for content, message in (("{}", "no index of shards"), ('{"weight_map": {"a": "../x.safetensors"}}', "beside it")):
+        index.write_text(content)
+        with pytest.raises(InputError, match=message):
+            load(str(folder), registry=registry)
 
 
 def test_siglip_of_its_own_size_or_activation_cannot_be_held_by_open_clip(tmp_path: Path, registry: Registry) -> None:

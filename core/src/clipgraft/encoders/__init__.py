@@ -66,11 +66,11 @@ def _open_directory(folder: Path, *, uri: str, registry: Registry | None = None)
 
 
 def _open_hub(name: str, *, uri: str) -> Encoder:
-    """A repository of the Hugging Face hub, or of its cache when offline: small files, then the first weights file."""
+    """A repository of the Hugging Face hub, or of its cache when offline: small files, then the weights file or its shards."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    from clipgraft.encoders.openclip import WEIGHT_FILES
+    from clipgraft.encoders.openclip import WEIGHT_FILES, shard_files
 
     try:
         folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model"]))
@@ -80,6 +80,9 @@ def _open_hub(name: str, *, uri: str) -> Encoder:
                 break
             except (EntryNotFoundError, LocalEntryNotFoundError):
                 continue
+        else:
+            for shard in shard_files(folder):
+                hf_hub_download(name, shard.name)
     except Exception as error:  # network, name and permission errors alike
         raise InputError(f"{uri} could not be fetched: {' '.join(str(error).split())[:200]}") from None
     if uri.startswith("hf:") and (folder / "config.json").is_file():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from clipgraft.encoders.base import Encoder, Origin
-from clipgraft.encoders.openclip import WEIGHT_FILES, State, build, custom_layout, open_clip_state, read_weights
+from clipgraft.encoders.openclip import State, build, custom_layout, folder_weights, open_clip_state
 from clipgraft.encoders.tokenizers import tokenizer_for
 from clipgraft.encoders.towers import ClipText, TimmImage, VitImage
 from clipgraft.errors import InputError
@@ -200,9 +200,9 @@ def open_folder(folder: Path, *, uri: str = "") -> Encoder:
     config = reader.from_pretrained(folder)
     model_config = _model_config(config)
     depths = config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers
-    weights = next((folder / n for n in WEIGHT_FILES if (folder / n).is_file()), folder / "model.safetensors")
-    state = {k: v for k, v in read_weights(weights).items() if not k.endswith("position_ids")}
-    state = _walk(list(_moves(kind, *depths)), state, back=False, where=str(weights))
+    weights = folder_weights(folder, usual="model.safetensors")
+    state = {k: v for k, v in weights.items() if not k.endswith("position_ids")}
+    state = _walk(list(_moves(kind, *depths)), state, back=False, where=str(folder))
     text = model_config["text_cfg"]
     # CLIP's own vocabulary is open_clip's built-in one, which pads with 0 where transformers pads with the end token
     if kind == "siglip" or text["vocab_size"] != 49408:

@@ -58,6 +58,31 @@ def read_weights(file: Path) -> State:
     return _fp32(loaded)
 
 
+def folder_weights(folder: Path, *, usual: str) -> State:
+    """The weights of a model folder: one file, or the shards that a ``*.safetensors.index.json`` lists."""
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            return read_weights(folder / name)
+    state: State = {}
+    for file in shard_files(folder):
+        state |= read_weights(file)
+    return state or read_weights(folder / usual)
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The files that an index of shards in ``folder`` lists, none without an index."""
+    index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
+    if index is None:
+        return []
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{index} is no index of shards; expected a weight_map from tensors to files") from None
+    if odd := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+        raise InputError(f"{index} names {odd[0]!r}; shards must be .safetensors files beside it")
+    return [folder / name for name in names]
+
+
 def _fp32(state: Mapping[str, Tensor]) -> State:
     return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
 
@@ -268,10 +293,9 @@ def open_folder(folder: Path, *, uri: str = "") -> Encoder:
         raise InputError(f"{folder} has no {CONFIG}; expected an open_clip or Hugging Face folder") from None
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{file} is no open_clip configuration; expected model_cfg and preprocess_cfg") from None
-    weights = next((folder / n for n in WEIGHT_FILES if (folder / n).is_file()), folder / WEIGHTS)
     return build(
         model_config,
-        read_weights(weights),
+        folder_weights(folder, usual=WEIGHTS),
         preprocess=config.get("preprocess_cfg", {}),
         tokenizer=tokenizer_for(model_config["text_cfg"], folder=folder),
         origin=Origin(uri or str(folder), architecture_name(model_config)),
