@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from clipgraft import files
 from clipgraft.checkpoint import open_export, write_export
 from clipgraft.errors import InputError, Interrupted
 from clipgraft.evaluation import records
@@ -84,6 +85,21 @@ def test_the_export_opens_in_open_clip_and_differs_from_the_base(world, tmp_path
     assert [step["recipe"] for step in json.loads((result.export / "clipgraft.json").read_text())["lineage"]] == [
         "core/finetune"
     ]
+
+
+def test_the_lineage_names_every_base_by_its_weights(world, tmp_path):
+    """Of an export the file's hash, of an open_clip folder the tensors': nobody else's weights go by that name."""
+    plain = tmp_path / "plain"
+    write_export(tiny_clip(), plain)
+    (plain / "clipgraft.json").unlink()
+    steps = []
+    for name, base in (("a", plain), ("b", plain), ("c", world / "clip")):
+        overrides = settings(world, **{"model.from": str(base), "train.steps": 1})
+        result = run_recipe("finetune", overrides=overrides, out=tmp_path / name, registry=REGISTRY)
+        steps += json.loads((result.export / "clipgraft.json").read_text())["lineage"]
+    one, two, ours = (step["base_sha256"] for step in steps)
+    assert one == two == files.tensors_digest(tiny_clip().state_dict()) and len(one) == 64
+    assert ours == files.sha256_of(world / "clip" / "open_clip_model.safetensors")
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(world, tmp_path):

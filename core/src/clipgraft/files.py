@@ -26,6 +26,17 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Hex sha256 of names, shapes, types and bytes, in the order of the names: equal weights, equal digest."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace ``path`` by ``text`` in one rename."""
     write_bytes(path, text.encode())

@@ -247,7 +247,9 @@ class Run:
         base = self.encoder.data.origin
         if Path(base.uri).is_relative_to(self.path):
             return []
-        return [{"recipe": self.recipe.name, "base": base.uri, "base_sha256": base.sha256, "seed": self.seed}]
+        # an export of ours knows its file's hash; of other bases the tensors are hashed
+        sha256 = base.sha256 or files.tensors_digest(self.base_encoder().state_dict())
+        return [{"recipe": self.recipe.name, "base": base.uri, "base_sha256": sha256, "seed": self.seed}]
 
     def status(self, status: str, **more: Any) -> None:
         """Write status.json."""

@@ -66,7 +66,7 @@ def _open_directory(folder: Path, *, uri: str, registry: Registry | None = None)
 
 
 def _open_hub(name: str, *, uri: str) -> Encoder:
-    """A repository of the Hugging Face hub, or of its cache when offline: small files, then the weights file or its shards."""
+    """A repository of the Hugging Face hub, or its cache: small files, then the weights or their shards."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
