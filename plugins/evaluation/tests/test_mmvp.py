@@ -120,7 +120,7 @@ def test_a_missing_image_is_a_bad_sample(tmp_path: Path) -> None:
     with pytest.raises(BadSample, match=r"^1-2: 2\.jpg: missing file$"):
         source[0]
     found = evaluate(tiny_clip(), ["core/pairs"], default_data=f"mmvp:{path}")["core/pairs"]
-    assert found.metrics["skipped"] == 1 and [row["id"] for row in found.samples][0] == "3-4"
+    assert found.metrics["skipped"] == 1 and found.samples[0]["id"] == "3-4"
     for name, statistic in found.statistics.items():
         assert statistics.value(statistic, found.samples) == pytest.approx(found.metrics[name])
 
