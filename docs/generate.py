@@ -54,7 +54,7 @@ PLUGIN_MODULES = {
 
 KIND_TITLES = {
     "encoder": "Encoders", "graft": "Grafts", "head": "Heads", "loss": "Losses", "dataset": "Data sources",
-    "evaluator": "Evaluators", "recipe": "Recipes", "run-hook": "Lifecycle hooks", "claim": "Claims",
+    "evaluator": "Evaluators", "suite": "Suites", "recipe": "Recipes", "run-hook": "Lifecycle hooks", "claim": "Claims",
 }  # fmt: skip
 
 KIND_USES = {
@@ -64,6 +64,7 @@ KIND_USES = {
     "loss": "an entry of `losses:` in `core/finetune`",
     "dataset": "a data reference with settings in the query: `NAME?key=value&key=value`",
     "evaluator": "an entry of `evaluate.on:`, or `clipgraft eval --on NAME`",
+    "suite": "`clipgraft eval --suite NAME`, `clipgraft compare --suite NAME`, `evaluate.retention: NAME`",
     "recipe": "`clipgraft run NAME[:PRESET]`",
     "run-hook": "an entry of `hooks:`",
     "claim": "`clipgraft claims NAME`",

@@ -150,7 +150,7 @@ def test_listing(cli: Cli, plugin: Path) -> None:
         "paper": "Me, 2026",
         "needs": ["absent-package"],
     }
-    for what in ("recipes", "encoders", "heads", "losses", "datasets", "evaluators", "claims", "run-hooks"):
+    for what in ("recipes", "encoders", "heads", "losses", "datasets", "evaluators", "suites", "claims", "run-hooks"):
         assert cli("list", what).code == 0 and isinstance(cli("list", what, "--json").json, list)
 
 

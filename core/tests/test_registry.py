@@ -316,7 +316,7 @@ def test_the_current_registry_is_cached_and_replaceable(packages: Packages) -> N
 
 def test_every_target_of_the_core_is_importable() -> None:
     registry = Registry.discover(allow=[])
-    for kind in ("graft", "head", "loss", "dataset", "evaluator", "recipe", "encoder", "run-hook", "claim"):
+    for kind in ("graft", "head", "loss", "dataset", "evaluator", "suite", "recipe", "encoder", "run-hook", "claim"):
         for registered in registry.list(kind):
             assert callable(registry.resolve(registered.component.target)), registered.name
             registry.config_class(kind, registered.name)

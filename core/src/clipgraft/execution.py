@@ -240,7 +240,8 @@ def model_card(run: Run, metrics: Mapping[str, float], kept: Sequence[Row] = ())
     rows = "".join(
         f"| {name} | {before.get(name, float('nan')):.4f} | {value:.4f} |\n" for name, value in metrics.items()
     )
-    table = f"\n| metric | before | after |\n|---|---|---|\n{rows}" if rows else "\nNothing was measured in this run.\n"
+    nothing = "" if kept else "\nNothing was measured in this run.\n"
+    table = f"\n| metric | before | after |\n|---|---|---|\n{rows}" if rows else nothing
     paper = f"\nMethod: {run.recipe.component.paper}\n" if run.recipe.component.paper else ""
     return (
         f"# {run.recipe.name} on {run.config.model.from_}\n\n{run.recipe.component.summary}\n{paper}"

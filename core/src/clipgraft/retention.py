@@ -47,7 +47,8 @@ def before(run: Run) -> None:
         nodes = _chosen(run)
         run.log.info("measuring what should not be forgotten, before the run")
         found = run.evaluate(run.encoder, nodes)
-        state = {"suite": wanted if isinstance(wanted, str) else "", "evaluators": [n.model_dump() for n in nodes]}
+        state = {"retention": wanted if isinstance(wanted, str) else "list"}
+        state["evaluators"] = [node.model_dump() for node in nodes]
         state["before"] = {name: dict(e.metrics) for name, e in found.items()}
     except Exception as error:
         if wanted != "auto" and isinstance(error, ClipgraftError):
@@ -87,11 +88,12 @@ def after(run: Run) -> list[Row]:
             records.save(_folder(run, "after"), found)
             state["after"] = {name: dict(e.metrics) for name, e in found.items()}
             files.write_json(run.path / STATE, state)
-            files.write_json(run.path / FORGETTING, {"suite": state["suite"], "rows": [r.as_dict() for r in rows]})
+            files.write_json(run.path / FORGETTING, {"rows": [row.as_dict() for row in rows]})
         distributed.barrier()
     rows = read(run.path)
     if run.is_main and rows:
-        run.log.console.print(as_table(rows, names=("before", "after"), title="What was kept"))
+        console = run.log.console
+        console.print(as_table(rows, names=("before", "after"), title="What was kept", width=console.width))
         run.log.info(in_short(rows))
     return rows
 

@@ -13,7 +13,7 @@ from clipgraft.evaluation.base import Evaluation
 from clipgraft.evaluation.statistics import DRAWS, Difference, differences, holm, paired, value
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
     from clipgraft.log import RunLog
 
@@ -120,24 +120,34 @@ def _judged(row: Row, adjusted: float | None, lower: bool, alpha: float) -> Row:
     return replace(row, p_adjusted=adjusted, verdict=verdict)
 
 
-def as_table(rows: Sequence[Row], *, names: tuple[str, str], title: str = "") -> Table:
-    """For people: one section per evaluator, p-values adjusted."""
+def as_table(rows: Sequence[Row], *, names: tuple[str, str], title: str = "", width: int = 80) -> Group:
+    """For people, ``width`` columns wide: an aligned block per evaluator, p-values adjusted."""
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
+    styles, heads = {"better": "green", "worse": "red"}, ("", *names, "difference, 95 % interval", "p", "verdict")
+    lines = {row.name: _cells(row) for row in rows}
+    widths = [max(map(len, column)) for column in zip(heads, *lines.values(), strict=True)]
+    widths[0] = max(12, min(widths[0], width - sum(widths[1:]) - len(widths)))  # long names are folded
     tests = sum(row.p is not None for row in rows)
-    caption = f"difference with its 95 % interval; p adjusted for {tests} tests (Holm)" if tests else None
-    table = Table("metric", title=title or None, caption=caption)
-    for column in (*names, "difference", "p"):
-        table.add_column(column, justify="right", overflow="fold")
-    table.add_column("verdict", no_wrap=True)
-    styles = {"better": "green", "worse": "red"}
-    for k, row in enumerate(rows):
-        if k == 0 or row.evaluator != rows[k - 1].evaluator:
-            table.add_section()
-            table.add_row(Text(row.evaluator, "bold"), *[""] * 3, "" if row.n is None else f"n {row.n}")
-        spread = "" if row.low is None else f" [{row.low:+.4f}, {row.high:+.4f}]"
-        cells = [f"  {row.metric}", f"{row.a:.4f}", f"{row.b:.4f}", f"{row.difference:+.4f}{spread}"]
-        cells.append("" if row.p_adjusted is None else f"{row.p_adjusted:.2g}")
-        table.add_row(*map(Text, cells), Text(row.verdict, styles.get(row.verdict, "dim")))
-    return table
+    parts: list[Text | Table] = [Text(title, "bold")] if title else []
+    for evaluator in dict.fromkeys(row.evaluator for row in rows):
+        own = [row for row in rows if row.evaluator == evaluator]
+        shared = next((f" ({row.n} samples)" for row in own if row.n is not None), "")
+        parts.append(Text.assemble((evaluator, "bold"), (shared, "dim")))
+        block = Table.grid(padding=(0, 1, 0, 0))
+        for k, wide in enumerate(widths):
+            block.add_column(width=wide, justify="right" if 0 < k < 5 else "left", overflow="fold")
+        block.add_row(*(Text(head, "dim") for head in heads))
+        for row in own:
+            *cells, verdict = lines[row.name]
+            block.add_row(*map(Text, cells), Text(verdict, styles.get(verdict, "dim")))
+        parts.append(block)
+    return Group(*parts, *([Text(f"p adjusted for {tests} tests (Holm)", "dim")] if tests else []))
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    spread = "" if row.low is None else f" [{row.low:+.4f}, {row.high:+.4f}]"
+    p = "" if row.p_adjusted is None else f"{row.p_adjusted:.2g}"
+    return f" {row.metric}", f"{row.a:.4f}", f"{row.b:.4f}", f"{row.difference:+.4f}{spread}", p, row.verdict

@@ -68,6 +68,18 @@ def clipgraft_heads() -> list[Component]:
 
 
 @hookimpl
+def clipgraft_suites() -> list[Component]:
+    """What training should not cost."""
+    return [
+        Component(
+            name="retention",
+            target=f"{_PACKAGE}.suites:retention",
+            summary="Zero-shot and retrieval: in the toy world for its models, real digits and photographs for others",
+        )
+    ]
+
+
+@hookimpl
 def clipgraft_commands() -> list[CommandSpec]:
     """`clipgraft toyworld`."""
     return [

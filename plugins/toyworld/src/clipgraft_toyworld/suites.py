@@ -1,0 +1,44 @@
+"""What training should not cost, measured on data that is always here: `clipgraft eval MODEL --suite retention`."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+
+from clipgraft_toyworld.captions import TEMPLATES
+from clipgraft_toyworld.tokenizer import encode
+from clipgraft_toyworld.world import class_names
+
+if TYPE_CHECKING:
+    from clipgraft.encoders.base import Encoder
+
+WORLD = "toyworld/images?split=test&n=1024"
+DIGITS = "toyworld/digits?split=test"
+PHOTOS = "toyworld/photos"
+
+
+def retention(encoder: Encoder) -> list[str]:
+    """Entries "NAME@SRC" for this encoder, some hundred images at most beyond the toy world; empty without packages.
+
+    A model of the toy world: its 64 coarse classes and short captions. Any other: 359 real digits by their names and
+    twenty photographs by their captions. One without a text tower: a linear probe on the digits.
+    """
+    if speaks_toy(encoder):
+        return [f"zero-shot@{WORLD}", f"retrieval@{WORLD}"]
+    digits = find_spec("sklearn") is not None
+    if encoder.text is None:
+        return [f"linear-probe@{DIGITS}"] if digits else []
+    photos = digits and find_spec("skimage") is not None
+    return [f"zero-shot@{DIGITS}"] * digits + [f"retrieval@{PHOTOS}"] * photos
+
+
+def speaks_toy(encoder: Encoder) -> bool:
+    """Whether the tokenizer gives the ids of the toy world's; its class and name don't survive every export."""
+    tokenizer = encoder.data.tokenizer
+    if encoder.text is None or tokenizer is None:
+        return False
+    texts = [TEMPLATES[0].format(name) for name in class_names()[:8]]
+    ours, theirs = encode(texts), tokenizer(texts)
+    return ours.shape == theirs.shape and torch.equal(ours, theirs.to(ours.dtype))
