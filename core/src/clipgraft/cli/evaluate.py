@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -18,22 +19,37 @@ def evaluate(
         str, typer.Argument(metavar="MODEL", help="Registered name, open_clip:ARCH[/TAG], hf:ORG/NAME or DIR.")
     ],
     on: Annotated[
-        list[str], typer.Option(metavar="NAME[@SRC],...", help="Evaluators, each with its own data if given.")
+        list[str],
+        typer.Option(metavar="NAME[?K=V][@SRC],...", help="Evaluators, each with settings and its own data if given."),
     ],
     data: Annotated[str | None, typer.Option(metavar="SRC", help="Data of the evaluators that name none.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write metrics, and a row per sample, here.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 256,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that decode images; by default as many as are worth it.")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep features here, under hashes of weights and data.")
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Measure a model, e.g. clipgraft eval toyworld/clip --on zero-shot --data toyworld/images?split=test"""
     from clipgraft import evaluation
     from clipgraft.encoders import load
     from clipgraft.evaluation import records
+    from clipgraft.log import RunLog
 
-    nodes = [node.strip() for text in on for node in text.split(",") if node.strip()]
+    nodes = [node.strip() for text in on for node in re.split(r",(?![^\[]*\])", text) if node.strip()]
     with redirect_stdout(sys.stderr):  # whatever libraries print
         found = evaluation.evaluate(
-            load(model, registry=current()).eval(), nodes, registry=current(), default_data=data, batch_size=batch_size
+            load(model, registry=current()).eval(),
+            nodes,
+            registry=current(),
+            default_data=data,
+            batch_size=batch_size,
+            log=RunLog(),
+            workers=workers,
+            cache=cache,
         )
         if out is not None:
             records.save(out, found)

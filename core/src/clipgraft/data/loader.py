@@ -8,11 +8,13 @@ from itertools import chain, count
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator
 from torch.utils.data import DataLoader
 
 from clipgraft.data.base import BadSample, Pair, PairSource, Sample, Source
 from clipgraft.data.images import checked_weights
+from clipgraft.data.reading import read
+from clipgraft.data.reading import stack_images as stack_images
 from clipgraft.data.sampling import Plan, epoch_order, seeded
 from clipgraft.data.transforms import evaluation_transform, training_transform
 from clipgraft.encoders.base import Preprocess, Tokenizer
@@ -179,29 +181,28 @@ class TrainLoader:
 
 
 def evaluation_batches(
-    source: Source | PairSource, *, preprocess: Preprocess, batch_size: int, bad: BadSamples
+    source: Source | PairSource,
+    *,
+    preprocess: Preprocess,
+    batch_size: int,
+    bad: BadSamples,
+    workers: int | None = 0,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[list[Sample | Pair]]:
-    """Every readable item once, in order, its images as pixels for ``stack_images``; the others go to ``bad``."""
-    transform = evaluation_transform(preprocess)
-    items: list[Sample | Pair] = []
-    for index in range(len(source)):
-        try:
-            item = source[index]
-        except BadSample as error:
+    """Every readable item once, in order, without ``extra``, its images as pixels for ``stack_images``.
+
+    A batch holds the readable items of ``batch_size`` places of the source, so that it is the same whatever ``workers``
+    and ``world`` are; the others go to ``bad``. A rank gets a run of whole batches. ``workers`` None starts as many as
+    there are cores, when reading the rest here would take seconds. The global random state stays as it is.
+    """
+    starts = range(0, len(source), batch_size)
+    starts = starts[rank * len(starts) // world : (rank + 1) * len(starts) // world]
+    batches = [range(start, min(start + batch_size, len(source))) for start in starts]
+    for part in read(source, evaluation_transform(preprocess), batches, workers=workers, world=world):
+        for index, error in part.bad.items():
             bad.add(index, error)
-            continue
-        if isinstance(item, Pair):
-            items.append(replace(item, images=(transform(item.images[0]), transform(item.images[1]))))
-        else:
-            items.append(replace(item, image=transform(item.image)))
-        if len(items) == batch_size:
-            yield items
-            items = []
-    if items:
-        yield items
+        if part.items:
+            yield part.items
 
 
-def stack_images(items: Sequence[Sample | Pair]) -> Tensor:
-    """Images that are tensors -> (b, 3, H, W'); two rows per pair."""
-    images = [image for item in items for image in (item.images if isinstance(item, Pair) else (item.image,))]
-    return torch.stack([image for image in images if isinstance(image, Tensor)])

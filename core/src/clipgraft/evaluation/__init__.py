@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipgraft.config.schema import EvaluatorNode
@@ -27,13 +28,18 @@ def evaluate(
     batch_size: int = 256,
     log: RunLog | None = None,
     classifiers: MutableMapping[str, Tensor] | None = None,
+    workers: int | None = None,
+    cache: Path | str | None = None,
 ) -> dict[str, Evaluation]:
-    """Run the evaluators ("NAME" or "NAME@SRC") by full name; those listed more than once as "NAME@SRC".
+    """Run the evaluators ("NAME[?KEY=VALUE&...][@SRC]") by full name; those listed more than once as "NAME@SRC".
 
     Samples that can't be read are left out and counted by the metric ``skipped``. ``classifiers`` keeps class
-    embeddings between calls, for encoders whose text tower doesn't change.
+    embeddings between calls, for encoders whose text tower doesn't change. ``workers`` decode images; None starts as
+    many as there are cores, when reading would take seconds. ``cache``: a folder that keeps features between calls,
+    under hashes of weights and data. With a process group all ranks call this, share the work, and have all results.
     """
     from clipgraft.data import open_source
+    from clipgraft.evaluation.feature_cache import FeatureCache
     from clipgraft.evaluation.features import EncoderFeatures
     from clipgraft.evaluation.statistics import intervals
     from clipgraft.registry import current, use
@@ -48,7 +54,15 @@ def evaluate(
     opened = {ref: open_source(str(ref), registry=registry) for ref in dict.fromkeys(refs)}
     jobs = [(key, e, opened[ref]) for key, e, ref in zip(_keys(names, refs, parsed), evaluators, refs, strict=True)]
     tokens = frozenset(source.fingerprint for _, e, source in jobs if getattr(e, "needs_tokens", False))
-    features = EncoderFeatures(encoder, batch_size=batch_size, tokens=tokens, classifiers=classifiers, log=log)
+    features = EncoderFeatures(
+        encoder,
+        batch_size=batch_size,
+        tokens=tokens,
+        classifiers=classifiers,
+        log=log,
+        workers=workers,
+        cache=None if cache is None else FeatureCache(Path(cache)),
+    )
     found = {}
     with use(registry):  # for evaluators that open further data
         for key, evaluator, source in jobs:
@@ -76,5 +90,13 @@ def _keys(names: Sequence[str], refs: Sequence[str | None], nodes: Sequence[Eval
 
 
 def _named(text: str) -> EvaluatorNode:
+    """``NAME[?KEY=VALUE&KEY=VALUE][@SRC]``, values as YAML."""
+    from clipgraft.config.load import parse_yaml
+
     name, _, data = text.partition("@")
-    return EvaluatorNode(use=name, data=data or None)
+    name, _, query = name.partition("?")
+    pairs = [part.partition("=") for part in query.split("&") if part]
+    if bad := [key for key, equals, _ in pairs if not equals or key in ("use", "data")]:
+        raise InputError(f"{text}: {bad[0]!r} is no setting; write NAME?key=value&key=value@SRC")
+    settings = {key: parse_yaml(value, origin=text) for key, _, value in pairs}
+    return EvaluatorNode(use=name, data=data or None, **settings)

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Iterator, MutableMapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from clipgraft.data.base import Pair, PairSource, Sample, Source
-from clipgraft.data.loader import BadSamples, class_prompts, evaluation_batches, stack_images
+from clipgraft.data.loader import BadSamples, class_prompts, evaluation_batches
+from clipgraft.data.reading import readable, stack_images, without_images
+from clipgraft.distributed import any_rank, rank, to_all, world_size
 from clipgraft.encoders.base import Encoder
 from clipgraft.errors import InputError
+from clipgraft.evaluation.feature_cache import Entry, FeatureCache, from_records, key_of, to_records, tower_digest
+from clipgraft.evaluation.progress import LateBar
+from clipgraft.evaluation.sharding import all_rows, together
 from clipgraft.log import RunLog
 from clipgraft.types import FeatureRequest
 
-GONE = torch.empty(0)
-"""Stands for an image that was encoded."""
+PROMPTS = 2**16
+"""Prompts of a classifier that are encoded at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
     """What a pass over a source left: unit embeddings (m, D), maybe tokens (m, N, W), items without their images."""
 
-    pooled: Tensor
+    pooled: Tensor | None
     tokens: Tensor | None
     items: list[Sample | Pair]
     bad: BadSamples
@@ -36,8 +40,10 @@ class Pass:
 class EncoderFeatures:
     """Embeddings of one encoder whose weights stay as they are meanwhile: fp32, on the CPU, computed when asked for.
 
-    Rows are the readable items in source order. ``tokens`` are fingerprints of sources whose tokens will be asked for,
-    so that one pass brings both. ``classifiers`` may outlive this object: a key covers all that its value depends on.
+    Rows are the readable items in source order. With a process group every rank encodes its share and has all rows, to
+    the last bit those of one process, so that all ranks must ask for the same. ``tokens`` are fingerprints of sources
+    whose tokens will be asked for, so that one pass brings both. ``classifiers`` may outlive this object: a key covers
+    all that its value depends on. ``workers``: as ``evaluation_batches`` takes it. ``cache``: features on disk.
     """
 
     def __init__(
@@ -48,11 +54,14 @@ class EncoderFeatures:
         tokens: frozenset[str] = frozenset(),
         classifiers: MutableMapping[str, Tensor] | None = None,
         log: RunLog | None = None,
+        workers: int | None = 0,
+        cache: FeatureCache | None = None,
     ) -> None:
         self.encoder, self.batch_size, self._tokens, self.log = encoder, batch_size, tokens, log
+        self.workers, self._cache, self._outlives = workers, cache, classifiers is not None
         self._classifiers: MutableMapping[str, Tensor] = {} if classifiers is None else classifiers
         self._passes: dict[str, Pass] = {}
-        self._text_digest = ""
+        self._digests: dict[str, str] = {}
 
     def samples(self, source: Source) -> list[Sample]:
         """What is known about each row of ``images(source)``; its image and ``extra`` are gone."""
@@ -69,7 +78,7 @@ class EncoderFeatures:
 
     def images(self, source: Source) -> Tensor:
         """(n, D) of length one."""
-        return self._read(source).pooled
+        return _rows(self._read(source))
 
     def tokens(self, source: Source) -> Tensor:
         """(n, N, W) patch tokens."""
@@ -80,7 +89,7 @@ class EncoderFeatures:
 
     def pair_images(self, source: PairSource) -> tuple[Tensor, Tensor]:
         """Two (n, D) of length one: first and second image of every pair."""
-        rows = self._read(source, paired=True).pooled
+        rows = _rows(self._read(source, paired=True))
         return rows[0::2], rows[1::2]
 
     def labels(self, source: Source) -> Tensor:
@@ -100,19 +109,34 @@ class EncoderFeatures:
         """(n, D) of length one; equal texts are encoded once and have equal rows."""
         unique = list(dict.fromkeys(texts))
         row, ids = {text: k for k, text in enumerate(unique)}, self.encoder.tokenizer(unique)
-        return self._encode(ids)[[row[text] for text in texts]]
+        key = self._text_key(ids) if self._cache else ""
+        with LateBar(self.log, "encoding texts", len(ids)) as bar:
+            found = self._stored(key, lambda: self._encode(ids, bar))
+        return found[[row[text] for text in texts]]
 
     def classifier(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """(K, D) of length one: the mean over templates of unit text embeddings, normalised again."""
-        prompts = [prompt for name in classes for prompt in class_prompts(name, templates)]
-        ids = self.encoder.tokenizer(prompts)
-        digest = hashlib.sha256(f"{self._weights()}/{len(classes)}/{tuple(ids.shape)}".encode())
-        digest.update(ids.contiguous().numpy().tobytes())
-        key = digest.hexdigest()
+        """(K, D) of length one: the mean over templates of unit text embeddings, normalised again.
+
+        Equal names have equal rows.
+        """
+        names = list(dict.fromkeys(classes))
+        prompts = [prompt for name in names for prompt in class_prompts(name, templates)]
+        ids = torch.cat([self.encoder.tokenizer(part).int() for part in _blocks(prompts, PROMPTS)])
+        each = len(prompts) // len(names)
+        key = self._text_key(ids, each)
         if key not in self._classifiers:
-            mean = self._encode(ids).view(len(classes), len(ids) // len(classes), -1).mean(1)
-            self._classifiers[key] = F.normalize(mean, dim=-1)
-        return self._classifiers[key]
+            self._classifiers[key] = self._stored(key if self._cache else "", lambda: self._means(ids, each))
+        row = {name: k for k, name in enumerate(names)}
+        return self._classifiers[key][[row[name] for name in classes]]
+
+    def _means(self, ids: Tensor, each: int) -> Tensor:
+        """(K * each, L) ids -> (K, D); as many classes at a time as ``PROMPTS`` allows."""
+        found = []
+        with LateBar(self.log, "encoding prompts", len(ids)) as bar:
+            for block in torch.split(ids, max(1, PROMPTS // each) * each):
+                mean = self._encode(block.long(), bar).view(len(block) // each, each, -1).mean(1)
+                found.append(F.normalize(mean, dim=-1))
+        return torch.cat(found)
 
     def _read(self, source: Source | PairSource, *, paired: bool = False, tokens: bool = False) -> Pass:
         if hasattr(source, "patterns") != paired:
@@ -122,48 +146,114 @@ class EncoderFeatures:
         if done is not None and (done.tokens is not None or not tokens):
             return done
         tokens = tokens or source.fingerprint in self._tokens
+        key = self._image_key(source, tokens) if self._cache else ""
+        done = self._from_disk(key, source)
+        if done is None:
+            done = _merged(together(lambda: self._share(source, tokens)))
+            if done.pooled is not None:
+                tensors = {"pooled": done.pooled} | ({} if done.tokens is None else {"tokens": done.tokens})
+                bad = [sorted(done.bad.indices), done.bad.first]
+                self._to_disk(key, Entry(tensors, {"bad": bad, "items": to_records(done.items)} if key else None))
+        if not done.items:
+            raise InputError(f"{source.name} has nothing that can be read: {done.bad}")
+        if done.bad.count:
+            self._say(f"{source.name}: {done.bad}; skipped")
+        self._passes[source.fingerprint] = done
+        return done
+
+    def _share(self, source: Source | PairSource, tokens: bool) -> Pass:
+        """This rank's part of a pass."""
         want, preprocess, parameter = FeatureRequest(tokens=tokens), self.encoder.preprocess, self._parameter()
         pooled, patches, items, bad = list[Tensor](), list[Tensor](), list[Sample | Pair](), BadSamples(len(source))
-        with self.log.progress(f"encoding {source.name}", len(source)) if self.log else nullcontext() as bar:
-            for batch in evaluation_batches(source, preprocess=preprocess, batch_size=self.batch_size, bad=bad):
+        batches = evaluation_batches(
+            source,
+            preprocess=preprocess,
+            batch_size=self.batch_size,
+            bad=bad,
+            workers=self.workers,
+            rank=rank(),
+            world=world_size(),
+        )
+        with LateBar(self.log, f"encoding {source.name}", len(source) // world_size()) as bar:
+            for batch in batches:
                 with self._frozen():
                     found = self.encoder.image(preprocess.normalize(stack_images(batch).to(parameter)), want)
                 pooled.append(F.normalize(found.pooled.float(), dim=-1).cpu())
                 patches += [found.tokens.float().cpu()] if tokens and found.tokens is not None else []
-                items += [
-                    replace(i, images=(GONE, GONE)) if isinstance(i, Pair) else replace(i, image=GONE, extra={})
-                    for i in batch
-                ]
-                if bar is not None:
-                    bar.advance(len(batch))
-        if not items:
-            raise InputError(f"{source.name} has nothing that can be read: {bad}")
-        if bad.count:
-            say = self.log.info if self.log else logging.getLogger("clipgraft").warning
-            say(f"{source.name}: {bad}; skipped")
-        done = Pass(torch.cat(pooled), torch.cat(patches) if patches else None, items, bad)
-        self._passes[source.fingerprint] = done
-        return done
+                items += map(without_images, batch)
+                bar.advance(len(batch))
+        return Pass(torch.cat(pooled) if pooled else None, torch.cat(patches) if patches else None, items, bad)
 
-    def _encode(self, ids: Tensor) -> Tensor:
-        """(n, L) ids -> (n, D) of length one, in chunks of which each is trimmed to its longest text."""
+    def _encode(self, ids: Tensor, bar: LateBar) -> Tensor:
+        """(n, L) ids -> (n, D) of length one, in chunks of similar length, each trimmed to its longest text."""
         text = self.encoder.text
         assert text is not None  # the tokenizer has refused otherwise
-        with self._frozen():
-            chunks = [
-                text(text.trim(chunk).to(self._parameter().device)) for chunk in torch.split(ids, self.batch_size)
-            ]
-        return torch.cat([F.normalize(found.pooled.float(), dim=-1).cpu() for found in chunks])
+        lengths = ids.shape[1] - (ids != ids[:, -1:]).flip(1).int().argmax(1)  # a guess that only sorts
+        chunks = torch.split(lengths.argsort(stable=True), self.batch_size)
+        world = world_size()
 
-    def _weights(self) -> str:
-        """Digest of the text tower's tensors and grafts."""
-        if not self._text_digest and self.encoder.text is not None:
-            digest = hashlib.sha256(repr([(g.name, g.config) for g in self.encoder.data.grafts]).encode())
-            for name, tensor in self.encoder.text.state_dict().items():
-                digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-            self._text_digest = digest.hexdigest()
-        return self._text_digest
+        def share() -> Tensor | None:
+            found = []
+            for chunk in chunks[rank() :: world]:
+                with self._frozen():
+                    pooled = text(text.trim(ids[chunk]).to(self._parameter().device)).pooled
+                found.append(F.normalize(pooled.float(), dim=-1).cpu())
+                bar.advance(len(chunk) * world)
+            return torch.cat(found) if found else None
+
+        rows = all_rows(together(share))
+        assert rows is not None
+        places = torch.cat([chunk for first in range(world) for chunk in chunks[first::world]])
+        return torch.empty_like(rows).index_copy_(0, places, rows)
+
+    # -- on disk -------------------------------------------------------------------------------------------------
+
+    def _stored(self, key: str, compute: Callable[[], Tensor]) -> Tensor:
+        """A tensor from disk, or computed and kept there; an empty ``key`` keeps nothing."""
+        entry = self._entry(key)
+        if entry is not None:
+            return entry.tensors["rows"]
+        rows = compute()
+        self._to_disk(key, Entry({"rows": rows}))
+        return rows
+
+    def _entry(self, key: str) -> Entry | None:
+        """What all ranks can read under ``key``."""
+        entry = self._cache.read(key) if self._cache and key else None
+        return None if not key or any_rank(entry is None) else entry
+
+    def _from_disk(self, key: str, source: Source | PairSource) -> Pass | None:
+        """A pass as it was kept, unless something can be read by now that could not be."""
+        entry = self._entry(key)
+        if entry is None:
+            return None
+        indices, first = entry.items["bad"]
+        if any_rank(any(readable(source, index) for index in indices)):
+            return None
+        bad = BadSamples(len(source), set(indices), first)
+        return Pass(entry.tensors["pooled"], entry.tensors.get("tokens"), from_records(entry.items["items"]), bad)
+
+    def _to_disk(self, key: str, entry: Entry) -> None:
+        if self._cache and key and rank() == 0 and (problem := self._cache.write(key, entry)):
+            self._say(f"features are not kept: {problem}")
+
+    def _image_key(self, source: Source | PairSource, tokens: bool) -> str:
+        data = type(source).__qualname__, len(source), source.fingerprint
+        return key_of("images", self._digest("image"), self.encoder.preprocess, data, tokens)
+
+    def _text_key(self, ids: Tensor, each: int = 0) -> str:
+        """Weights are hashed only when someone outlives them."""
+        weights = self._digest("text") if self._outlives or self._cache else ""
+        return key_of("texts", weights, each, tuple(ids.shape), ids.int().contiguous().numpy().tobytes())
+
+    def _digest(self, tower: str) -> str:
+        if tower not in self._digests:
+            self._digests[tower] = tower_digest(getattr(self.encoder, tower), self.encoder.data)
+        return self._digests[tower]
+
+    def _say(self, line: str) -> None:
+        if rank() == 0:
+            (self.log.info if self.log else logging.getLogger("clipgraft").warning)(line)
 
     def _parameter(self) -> Tensor:
         """Has the device and dtype of the image tower."""
@@ -180,3 +270,22 @@ class EncoderFeatures:
         finally:
             for module, mode in modes.items():
                 module.training = mode
+
+
+def _merged(part: Pass) -> Pass:
+    """The passes of all ranks as one, in source order."""
+    pooled, tokens = all_rows(part.pooled), all_rows(part.tokens)
+    rest = to_all((part.items, part.bad))
+    bad = BadSamples(part.bad.total, set[int]().union(*(b.indices for _, b in rest)))
+    bad.first = [line for _, b in rest for line in b.first][:10]
+    return Pass(pooled, tokens, [item for items, _ in rest for item in items], bad)
+
+
+def _rows(found: Pass) -> Tensor:
+    assert found.pooled is not None  # a pass without rows was refused
+    return found.pooled
+
+
+def _blocks(prompts: list[str], size: int) -> Iterator[list[str]]:
+    for first in range(0, len(prompts), size):
+        yield prompts[first : first + size]
