@@ -360,14 +360,27 @@ def test_shared_captions_and_constant_models_count_against() -> None:
         assert Retrieval(ks=(1,))(features, captioned(4)).metrics == {"image_to_text_r1": 0, "text_to_image_r1": 0}
 
 
-def test_equal_texts_tie_to_the_last_bit() -> None:
-    """A matrix product may round equal columns differently, which would make ranks of equal captions a lottery."""
+def test_equal_candidates_tie_to_the_last_bit() -> None:
+    """A matrix product may round equal columns differently, which would make ranks among equals a lottery."""
     rng = torch.Generator().manual_seed(0)
     queries, text = F.normalize(torch.randn(50, 64, generator=rng), dim=-1), F.normalize(torch.ones(1, 64), dim=-1)
     for count in (5, 6, 7, 9):
-        same, owner = torch.zeros(count, dtype=torch.long), torch.arange(count)
-        ranks = _ranks(queries, text, same, query_owner=torch.arange(50) % count, owner=owner)
-        assert ranks.tolist() == [count - 1] * 50
+        several = _ranks(queries, text, [[0]] * 50, each=torch.tensor([count]))
+        alike = _ranks(queries, text.expand(count, -1), [[i % count] for i in range(50)])
+        assert several.tolist() == alike.tolist() == [count - 1] * 50
+
+
+def test_ranks_count_every_candidate_that_a_row_stands_for() -> None:
+    """Two captions of an image may be equal, and equal to captions of others."""
+    rows = [Sample("a", pixels(0), ("x", "x", "y")), Sample("b", pixels(1), ("x", "z")), Sample("c", pixels(2), ("y",))]
+    texts = {"x": torch.tensor([1.0, 0]), "y": torch.tensor([0.0, 1]), "z": torch.tensor([-1.0, 0])}
+    images = F.normalize(torch.tensor([[3.0, 1], [1, -1], [-1, 1]]), dim=-1)
+    features: Any = Given(images, texts, rows)
+    captions, owner = [c for row in rows for c in row.captions], [i for i, row in enumerate(rows) for _ in row.captions]
+    to_text, to_image = brute_force(images, torch.stack([texts[c] for c in captions]), owner)
+    found = Retrieval(ks=(1,))(features, Memory(rows))
+    assert [row["caption_rank"] for row in found.samples] == to_text == [1, 2, 2]
+    assert [rank for row in found.samples for rank in row["image_ranks"]] == to_image
 
 
 def test_any_hit_counts_for_images_with_several_captions() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -25,6 +25,11 @@ class Probe(Config):
     on: Literal["pooled", "tokens"] = Field("pooled", description="tokens: patch tokens averaged to a 4 x 4 grid")
     train: str | None = Field(None, description="data to fit on; null fits on the half with even hashes of sample ids")
     solver: Solver = Field("lbfgs", description="multinomial logistic regression, or least squares in closed form")
+    l2: Literal["sweep"] | Annotated[float, Field(gt=0)] = Field(
+        "sweep",
+        description="weight decay: this times half the squared weights, beside the mean loss of a sample; sweep takes the "
+        "best of five on a fifth of the fitting data",
+    )
 
     @property
     def needs_tokens(self) -> bool:
@@ -52,7 +57,7 @@ class Probe(Config):
             labels, fit_labels = _labels(features, source, name), _labels(features, fit_source, name)
             classes = int(torch.cat([labels, fit_labels]).max()) + 1
             probe = LinearProbe(dim=x.shape[1], classes=max(classes, 2), solver=self.solver)
-            probe.fit(fit_x[order], fit_labels[order])
+            probe.fit(fit_x[order], fit_labels[order], decay=None if self.l2 == "sweep" else self.l2)
             right[name] = probe(x[rows]).argmax(1) == labels[rows]
         counts = {name: (int(hits.sum()), len(hits)) for name, hits in right.items()}
         metrics = {name: hits / total for name, (hits, total) in counts.items()}

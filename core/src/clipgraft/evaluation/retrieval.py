@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipgraft.config.schema import Config
 from clipgraft.data.base import Source
@@ -13,7 +15,7 @@ from clipgraft.evaluation.base import Evaluation
 from clipgraft.evaluation.features import EncoderFeatures
 from clipgraft.evaluation.statistics import Share
 
-CHUNK = 2**24
+CHUNK = 2**22
 """Scores held at a time."""
 
 
@@ -36,14 +38,15 @@ class Retrieval(Config):
         ks = self.ks or tuple(k for k in (1, 5, 10) if k <= len(samples))
         if len(samples) < 2 or not 0 < min(ks) <= max(ks) <= len(samples):
             raise InputError(f"recall at {max(ks)} among {len(samples)} images of {source.name}; set ks to 1 .. images")
-        captions = [caption for sample in samples for caption in sample.captions]
-        owner = torch.tensor([i for i, sample in enumerate(samples) for _ in sample.captions])
-        unique = {caption: k for k, caption in enumerate(dict.fromkeys(captions))}
-        column = torch.tensor([unique[caption] for caption in captions])
-        images, texts, index = features.images(source), features.texts(list(unique)), torch.arange(len(samples))
+        captions = list(dict.fromkeys(caption for sample in samples for caption in sample.captions))
+        column = {caption: k for k, caption in enumerate(captions)}
+        own = [[column[caption] for caption in sample.captions] for sample in samples]
+        images, texts = features.images(source), features.texts(captions)
+        owners = [[row] for row, columns in enumerate(own) for _ in columns]
+        queries = torch.tensor([k for columns in own for k in columns])
         found = {
-            "image_to_text": _ranks(images, texts, column, query_owner=index, owner=owner),
-            "text_to_image": _ranks(texts[column], images, index, query_owner=owner, owner=index),
+            "image_to_text": _ranks(images, texts, own, each=queries.bincount(minlength=len(captions))),
+            "text_to_image": _ranks(texts, images, owners, rows=queries),
         }
         counts = {f"{name}_r{k}": (int((r < k).sum()), len(r)) for name, r in found.items() for k in ks}
         per_caption = torch.split(found["text_to_image"], [len(sample.captions) for sample in samples])
@@ -58,12 +61,44 @@ class Retrieval(Config):
         return Evaluation(metrics, counts, tuple(records), statistics)
 
 
-def _ranks(queries: Tensor, gallery: Tensor, column: Tensor, *, query_owner: Tensor, owner: Tensor) -> Tensor:
-    """(q, D) and (u, D) of length one, candidates as rows of the gallery (g,), owners (q,) and (g,) -> (q,) ranks."""
-    ranks = []
-    for rows in torch.split(torch.arange(len(queries)), max(1, CHUNK // len(column))):
-        scores = (queries[rows] @ gallery.T)[:, column]  # equal texts have equal scores, to the last bit
-        own = query_owner[rows][:, None] == owner
-        best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
-        ranks.append((~(scores < best) & ~own).sum(1))
-    return torch.cat(ranks)
+def _ranks(
+    queries: Tensor,
+    gallery: Tensor,
+    own: Sequence[Sequence[int]],
+    *,
+    rows: Tensor | None = None,
+    each: Tensor | None = None,
+) -> Tensor:
+    """How many wrong candidates are at least as good as the best right one, (q,) for each query.
+
+    Query i is row ``rows[i]`` (row i without it) of ``queries`` (n, D), its right candidates are the rows ``own[i]`` of
+    ``gallery`` (g, D), and row j of the gallery stands for ``each[j]`` candidates (one without it). Memory is bounded:
+    ``CHUNK`` scores at a time.
+    """
+    rows = torch.arange(len(own)) if rows is None else rows
+    each = torch.ones(len(gallery), dtype=torch.long) if each is None else each
+    kept, place = _distinct(gallery)  # equal rows have equal scores, to the last bit
+    gallery, each = gallery[kept], torch.zeros(len(kept), dtype=torch.long).index_add_(0, place, each)
+    several, found = (each != 1).nonzero().flatten(), []
+    for start in range(0, len(own), step := max(1, CHUNK // len(gallery))):
+        right = [place[list(columns)] for columns in own[start : start + step]]
+        count = torch.tensor([len(columns) for columns in right])
+        at = nn.utils.rnn.pad_sequence(right, batch_first=True)
+        outside = torch.arange(at.shape[1]) >= count[:, None]
+        scores = queries[rows[start : start + step]] @ gallery.T
+        mine = scores.gather(1, at).masked_fill(outside, -torch.inf)
+        best = mine.amax(1, keepdim=True)
+        good = ~(scores < best)  # NaN too
+        among = good.sum(1) + (good[:, several] * (each[several] - 1)).sum(1)
+        found.append(among - (~(mine < best) & ~outside).sum(1))
+    return torch.cat(found)
+
+
+def _distinct(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, D) -> (u,) rows that differ from all before them, and (n,) which of these each row equals."""
+    first: dict[bytes, int] = {}
+    kept, place = [], []
+    for k, row in enumerate(x.contiguous().numpy()):
+        place.append(first.setdefault(row.tobytes(), len(first)))
+        kept += [k] if place[-1] == len(kept) else []
+    return torch.tensor(kept), torch.tensor(place)

@@ -43,21 +43,31 @@ class LinearProbe(nn.Module):
         """(n, D) -> (n, K) logits."""
         return F.linear((x - self.mean) / self.std, self.weight, self.bias)
 
-    def fit(self, x: Tensor, labels: Tensor) -> Self:
-        """(n, D) features, (n,) labels, on the CPU; takes the decay that is best on every fifth row, draws nothing."""
+    def fit(self, x: Tensor, labels: Tensor, *, decay: float | None = None) -> Self:
+        """(n, D) features, (n,) labels, on the CPU; draws nothing.
+
+        ``decay`` None takes the one of ``DECAYS`` that is best on every fifth row when fitted to the others, the
+        stronger one of equals, and fits to all rows with it.
+        """
         if len(labels) < 10 or bool((labels == labels[0]).all()):
             raise InputError(f"a linear probe needs 10 samples and two classes, got {len(labels)}; give it more data")
         std = x.double().std(0, correction=0)
         self.mean, self.std = x.mean(0), torch.where(std > 1e-8, std, 1).to(x.dtype)
-        z, held = ((x - self.mean) / self.std).double(), torch.arange(len(x)) % 5 == 0
-        solve, best = self._lbfgs if self.solver == "lbfgs" else self._ridge, (-1.0, DECAYS[0])
+        z = ((x - self.mean) / self.std).double()
+        solve = self._lbfgs if self.solver == "lbfgs" else self._ridge
+        weight, bias = solve(z, labels, self._chosen(z, labels) if decay is None else decay)
+        self.weight, self.bias = weight.to(x.dtype), bias.to(x.dtype)
+        return self
+
+    def _chosen(self, z: Tensor, labels: Tensor) -> float:
+        """The decay with the highest accuracy on rows that were not fitted to."""
+        held, best = torch.arange(len(z)) % 5 == 0, (-1.0, DECAYS[0])
+        solve = self._lbfgs if self.solver == "lbfgs" else self._ridge
         for decay in DECAYS:
             weight, bias = solve(z[~held], labels[~held], decay)
             score = float((F.linear(z[held], weight, bias).argmax(1) == labels[held]).double().mean())
             best = max(best, (score, decay))
-        weight, bias = solve(z, labels, best[1])
-        self.weight, self.bias = weight.to(x.dtype), bias.to(x.dtype)
-        return self
+        return best[1]
 
     def _lbfgs(self, z: Tensor, labels: Tensor, decay: float) -> tuple[Tensor, Tensor]:
         weight, bias = (torch.zeros(s, dtype=z.dtype, requires_grad=True) for s in (self.weight.shape, (self.classes,)))
