@@ -238,6 +238,7 @@ def test_run_passes_its_options_on_and_prints_the_result(
         "status": "done",
         "steps": 5,
         "metrics": {"core/pairs.mean": 0.25},
+        "forgetting": {},
         "seconds": 1.0,
     }
     assert seen["recipe"] == "finetune:tiny" and list(seen["overrides"]) == ["a=1", "b=2"] and seen["seed"] == 4

@@ -213,7 +213,10 @@ def test_only_recipes_that_train_are_measured_unasked() -> None:
 
 
 def test_names_with_data_are_short_for_nodes() -> None:
-    config = EvaluateConfig.model_validate({"on": ["a@plugin/data?x=1", "b"], "retention": ["c@d"]})
+    config = EvaluateConfig.model_validate({"on": ["a?k=1e-1@plugin/data?x=1", "b"], "retention": ["c@d"]})
     assert [(node.use, node.data) for node in (*config.on, *config.retention)] == [
         ("a", "plugin/data?x=1"), ("b", None), ("c", "d"),
     ]  # fmt: skip
+    assert config.on[0].settings == {"k": 0.1}
+    with pytest.raises(InputError, match="'k' is no setting"):
+        EvaluateConfig.model_validate({"on": ["a?k@b"]})

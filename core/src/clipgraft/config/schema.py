@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from clipgraft.errors import InputError
 from clipgraft.spec import Kind
 
 
@@ -32,11 +33,6 @@ def _as_node(value: Any) -> Any:
     return {"use": value} if isinstance(value, str) else value
 
 
-def _as_evaluator(value: Any) -> Any:
-    name, at, data = value.partition("@") if isinstance(value, str) else ("", "", "")
-    return {"use": name, "data": data} if at else _as_node(value)
-
-
 class GraftNode(Node):
     """A graft by name."""
 
@@ -58,11 +54,28 @@ class HookNode(Node):
 class EvaluatorNode(Node):
     """An evaluator by name, with the ``data`` reference that it measures on (default: ``evaluate.data``).
 
-    "NAME@SRC" is short for both.
+    "NAME[?KEY=VALUE&...][@SRC]" is short for all of it.
     """
 
     kind: ClassVar[Kind] = "evaluator"
     data: str | None = None
+
+
+def evaluator_named(text: str) -> EvaluatorNode:
+    """``NAME[?KEY=VALUE&KEY=VALUE][@SRC]``, values as YAML."""
+    from clipgraft.config.load import parse_yaml
+
+    name, _, data = text.partition("@")
+    name, _, query = name.partition("?")
+    pairs = [part.partition("=") for part in query.split("&") if part]
+    if bad := [key for key, equals, _ in pairs if not equals or key in ("use", "data")]:
+        raise InputError(f"{text}: {bad[0]!r} is no setting; write NAME?key=value&key=value@SRC")
+    settings = {key: parse_yaml(value, origin=text) for key, _, value in pairs}
+    return EvaluatorNode(use=name, data=data or None, **settings)
+
+
+def _as_evaluator(value: Any) -> Any:
+    return evaluator_named(value) if isinstance(value, str) else value
 
 
 GraftRef = Annotated[GraftNode, BeforeValidator(_as_node)]

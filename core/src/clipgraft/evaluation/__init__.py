@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clipgraft.config.schema import EvaluatorNode
+from clipgraft.config.schema import EvaluatorNode, evaluator_named
 from clipgraft.errors import InputError
 from clipgraft.evaluation.base import Evaluation
 
@@ -45,7 +45,7 @@ def evaluate(
     from clipgraft.registry import current, use
 
     registry = registry or current()
-    parsed = [node if isinstance(node, EvaluatorNode) else _named(node) for node in nodes]
+    parsed = [node if isinstance(node, EvaluatorNode) else evaluator_named(node) for node in nodes]
     names = [registry.get("evaluator", node.use).name for node in parsed]
     evaluators = [registry.build("evaluator", n, node.settings) for n, node in zip(names, parsed, strict=True)]
     refs = [node.data or default_data for node in parsed]
@@ -87,16 +87,3 @@ def _keys(names: Sequence[str], refs: Sequence[str | None], nodes: Sequence[Eval
     if twice := [key for key in keys if keys.count(key) > 1]:
         raise InputError(f"{twice[0]} is listed twice with the same data and settings; list it once")
     return keys
-
-
-def _named(text: str) -> EvaluatorNode:
-    """``NAME[?KEY=VALUE&KEY=VALUE][@SRC]``, values as YAML."""
-    from clipgraft.config.load import parse_yaml
-
-    name, _, data = text.partition("@")
-    name, _, query = name.partition("?")
-    pairs = [part.partition("=") for part in query.split("&") if part]
-    if bad := [key for key, equals, _ in pairs if not equals or key in ("use", "data")]:
-        raise InputError(f"{text}: {bad[0]!r} is no setting; write NAME?key=value&key=value@SRC")
-    settings = {key: parse_yaml(value, origin=text) for key, _, value in pairs}
-    return EvaluatorNode(use=name, data=data or None, **settings)
