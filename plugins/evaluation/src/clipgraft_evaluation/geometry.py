@@ -113,7 +113,7 @@ def uniformity(points: Tensor, weights: Tensor, *, t: float) -> Tensor:
 
 
 def effective_rank(points: Tensor, weights: Tensor) -> Tensor:
-    """Points (m, D), how often each was drawn (b, m) -> (b,): of the weighted covariance; NaN where all is one point."""
+    """Points (m, D), how often each was drawn (b, m) -> (b,) of the weighted covariance; NaN where all is one point."""
     points = points - points.mean(0)  # whatever is subtracted: near the mean little is lost to rounding
     total = weights.sum(1, keepdim=True)
     mean = weights @ points / total  # (b, D)
