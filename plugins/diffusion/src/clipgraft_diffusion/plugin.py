@@ -8,6 +8,7 @@ GENHANCER = (
     "Ma et al., GenHancer: Imperfect Generative Models are Secretly Strong Vision-Centric Enhancers, ICCV 2025, "
     "arXiv 2503.19480"
 )
+DIVA = "Wang et al., Diffusion Feedback Helps CLIP See Better, ICLR 2025, arXiv 2407.20171"
 
 
 @hookimpl
@@ -22,6 +23,20 @@ def clipgraft_recipes() -> list[Component]:
             needs=("diffusers>=0.36",),
             paper=GENHANCER,
             presets="clipgraft_diffusion.recipes",
+        )
+    ]
+
+
+@hookimpl
+def clipgraft_heads() -> list[Component]:
+    """Heads."""
+    return [
+        Component(
+            name="recap",
+            target="clipgraft_diffusion.recap:Recap",
+            config="clipgraft_diffusion.recap:RecapConfig",
+            summary="DIVA's visual dense recap: the class token and drawn, averaged or all local tokens",
+            paper=DIVA,
         )
     ]
 

@@ -19,6 +19,7 @@ from clipgraft.encoders.base import Encoder
 from clipgraft.stage import TrainStage
 from clipgraft.types import Batch, ImageFeatures, StepOutput
 from clipgraft_diffusion.anchor import Anchor
+from clipgraft_diffusion.drift import weight_drift
 from clipgraft_diffusion.feedback import Feedback
 from clipgraft_diffusion.latent import TokenLatent
 from clipgraft_diffusion.target import Seen, Target
@@ -148,18 +149,3 @@ class ClipStage(TrainStage):
             "cosine_to_base": float(F.cosine_similarity(z, seen.z, dim=-1).mean()),
         }
         return found | ({} if self.feedback is None else self.feedback.condition_gap(z, seen.x1).metrics())
-
-
-@torch.no_grad()
-def weight_drift(encoder: Encoder, base: Encoder) -> float:
-    """||theta - theta0|| / ||theta0|| over the image tower's plain weights; an adapted weight counts as its value.
-
-    A run with a drift near 0 has not trained, whatever its scores say.
-    """
-    moved, size = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for name, start in base.image.named_parameters():
-        owner, _, attribute = name.rpartition(".")
-        now = getattr(encoder.image.get_submodule(owner), attribute)
-        moved += (now.double() - start.double()).square().sum().cpu()
-        size += start.double().square().sum().cpu()
-    return float((moved / size).sqrt())
