@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from clipgraft.data.base import Sample
+from clipgraft.data.base import BadSample, Sample
 from clipgraft.data.transforms import evaluation_transform
 from clipgraft.errors import InputError
 from clipgraft.evaluation import evaluate, records, statistics
@@ -90,7 +90,6 @@ def picture_source(folder: Path, n: int = 12) -> CaptionTests:
 @pytest.mark.parametrize("chunk", [7, 2**16])
 def test_scores_equal_brute_force(captions: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hard_negatives, "CHUNK", chunk)
-    monkeypatch.setattr(hard_negatives, "TEXTS", chunk)
     features = given(captions=captions)
     found, margins = HardNegatives()(features, Named()), brute_force(features)
     assert [row["margin"] for row in found.samples] == pytest.approx(margins)
@@ -103,7 +102,7 @@ def test_scores_equal_brute_force(captions: int, chunk: int, monkeypatch: pytest
         assert found.counts[f"group/{group}"] == (hits, size)
         shares.append(hits / size)
     assert found.metrics["macro"] == pytest.approx(sum(shares) / 3) != found.metrics["accuracy"]
-    assert max(features.asked) <= chunk
+    assert len(features.asked) == 1  # no text is encoded twice
     assert found.statistics.keys() == found.metrics.keys()
     for name, statistic in found.statistics.items():
         assert statistics.value(statistic, found.samples) == pytest.approx(found.metrics[name]), name
@@ -180,3 +179,26 @@ def test_sources_without_negatives_are_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"a\.png has no caption together with wrong ones; use aro:DIR") as error:
             evaluate(tiny_clip(), ["hard-negatives"], default_data=ref)
         assert "\n" not in str(error.value)
+
+
+def test_fewer_ties_are_better(tmp_path: Path) -> None:
+    row = CaptionRow("s", "a.png", "a red cat", ("a blue cat",), "g")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "add_att.json").write_text(
+        f'{{"0": {{"filename": "a.png", "caption": "{row.caption}", "negative_caption": "{row.negatives[0]}"}}}}',
+        "utf-8",
+    )
+    ref = f"sugarcrepe:{tmp_path}?part=add_att&images={tmp_path}"
+    found = evaluate(tiny_clip(), ["hard-negatives?min_group=1"], default_data=ref)["evaluation/hard-negatives"]
+    assert found.lower == {"ties"} and found.counts["group/add_att"][1] == 1
+
+
+@pytest.mark.parametrize("name", ["a\0b.png", "x" * 5000 + ".png", "../a.png", ".", "a.txt"])
+def test_odd_names_of_images_are_bad_samples(tmp_path: Path, name: str) -> None:
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "in" / "a.txt").write_text("no image", "utf-8")
+    source = CaptionTests("tests", (tmp_path / "in").resolve(), [CaptionRow("s", name, "a", ("b",), "g")])
+    with pytest.raises(BadSample, match=r"^s: ") as error:
+        source[0]
+    assert "\n" not in str(error.value)

@@ -231,6 +231,7 @@ def test_statistics_are_the_metrics_and_come_back(tmp_path: Path) -> None:
     assert found.statistics.keys() == found.metrics.keys()
     for name, statistic in found.statistics.items():
         assert statistics.value(statistic, found.samples) == pytest.approx(found.metrics[name])
+    assert found.lower == {"gelu/official/sd", "quickgelu/official/sd"}
     low, high = statistics.intervals(found.statistics, found.samples)["gelu/official"]
     assert low <= found.metrics["gelu/official"] <= high and low < high
     records.save(tmp_path, {"grid": found})

@@ -50,7 +50,7 @@ class AroConfig(Config):
     """``aro:DIR?part=relation``."""
 
     path: str = Field(description="folder with the part's JSON file, and images/ or the images that the file names")
-    part: Part = "relation"
+    part: Part = Field("relation", description="which of the four benchmarks")
     split: Split = Field("test", description="of coco-order and flickr-order")
     perturbed: str | None = Field(
         None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -16,8 +16,8 @@ from clipgraft.errors import InputError
 from clipgraft.evaluation.base import Evaluation, Features
 from clipgraft.evaluation.statistics import Share
 
-CHUNK, TEXTS = 2**16, 2**11
-"""Captions scored, and captions encoded, between two looks at the progress."""
+CHUNK = 2**16
+"""Captions scored at a time."""
 
 
 class HardNegatives(Config):
@@ -26,6 +26,7 @@ class HardNegatives(Config):
     A tie is wrong, and the share of ties is reported: an encoder that is blind to the order of words makes many.
     """
 
+    lower_is_better: ClassVar[frozenset[str]] = frozenset({"ties"})
     min_group: int | None = Field(
         None,
         gt=0,
@@ -77,7 +78,7 @@ def _margins(samples: Sequence[Sample], features: Features, images: Tensor) -> T
     sizes = [(len(sample.captions), len(sample.negatives)) for sample in samples]
     wrong = torch.tensor([flag for right, others in sizes for flag in [False] * right + [True] * others])
     row = {text: k for k, text in enumerate(dict.fromkeys(text for texts in offered for text in texts))}
-    column, embedded = torch.tensor([row[text] for texts in offered for text in texts]), _embed(list(row), features)
+    column, embedded = torch.tensor([row[text] for texts in offered for text in texts]), features.texts(list(row))
     # one product and one sum per row: equal rows have equal scores, to the last bit
     scores = torch.cat(
         [
@@ -88,15 +89,3 @@ def _margins(samples: Sequence[Sample], features: Features, images: Tensor) -> T
     worst = torch.full((len(samples),), torch.inf, dtype=torch.float64)
     best = (-worst).scatter_reduce(0, owner[wrong], scores[wrong], "amax")
     return worst.scatter_reduce(0, owner[~wrong], scores[~wrong], "amin").sub(best)
-
-
-def _embed(texts: list[str], features: Features) -> Tensor:
-    """(u, D) of length one, with progress."""
-    log, found = getattr(features, "log", None), []
-    with log.progress("encoding captions", len(texts)) if log else nullcontext() as bar:
-        for start in range(0, len(texts), TEXTS):
-            part = texts[start : start + TEXTS]
-            found.append(features.texts(part))
-            if bar is not None:
-                bar.advance(len(part))
-    return torch.cat(found)

@@ -101,8 +101,10 @@ def fingerprint(root: Path, rows: Sequence[PairRow] | Sequence[CaptionRow], imag
     for row in rows:
         digest.update(repr(row).encode("utf-8", "backslashreplace"))
     for image in dict.fromkeys(images):
-        path = root / image
-        stat = path.stat() if path.exists() else None
+        try:
+            stat = (root / image).stat()
+        except (OSError, ValueError):  # missing, or no name of a file at all: a bad sample when it is read
+            stat = None
         digest.update(repr((image, stat and (stat.st_size, stat.st_mtime_ns))).encode("utf-8", "backslashreplace"))
     return digest.hexdigest()
 
@@ -152,6 +154,8 @@ def _open(root: Path, image: str, row: str, max_pixels: int) -> Image:
         return read_image(root / image, root=root, sample_id=row, max_pixels=max_pixels)
     except BadSample as error:
         raise BadSample(row, f"{Path(image).name}: {error.reason}") from None
+    except (OSError, ValueError) as error:
+        raise BadSample(row, f"no name of a file: {' '.join(str(error).split())[:60]}") from None
 
 
 def _cut(image: Image, box: Box, row: str, max_pixels: int) -> Image:

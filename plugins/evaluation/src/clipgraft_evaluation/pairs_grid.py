@@ -19,15 +19,16 @@ from torch.nn import functional as F
 
 from clipgraft.config.schema import Config
 from clipgraft.data.base import Pair, PairSource
-from clipgraft.data.loader import BadSamples, evaluation_batches, stack_images
+from clipgraft.data.loader import BadSamples, evaluation_batches
+from clipgraft.data.reading import stack_images
 from clipgraft.encoders import load
 from clipgraft.encoders.base import Encoder
 from clipgraft.encoders.towers import ClipText, ResNetImage, VitImage
 from clipgraft.errors import InputError
 from clipgraft.evaluation.base import Evaluation, Features
 from clipgraft.evaluation.features import EncoderFeatures
+from clipgraft.evaluation.progress import LateBar
 from clipgraft.evaluation.statistics import Bound, Records, Share, Statistic
-from clipgraft.log import RunLog
 from clipgraft.types import FeatureRequest
 
 Pooling = Literal["openai", "metaclip", "dfn-378"]
@@ -74,13 +75,12 @@ class PairsGrid(Config):
         """
         if not isinstance(source, PairSource):
             raise InputError(f"{source.name} holds single images; this needs minimal pairs, such as mmvp:DIR")
-        encoder, log = features.encoder, getattr(features, "log", None)
-        size = getattr(features, "batch_size", 256)
+        encoder = features.encoder
         records: dict[str, dict[str, Any]] = {}
         statistics: dict[str, Statistic] = {}
         for row, other in self._rows(encoder):
             with _activation(other, row) if row in ACTIVATIONS else nullcontext():
-                cells = self._cells(other, source, batch_size=size, log=log, title=f"encoding {source.name}, {row}")
+                cells = self._cells(other, source, features, title=f"encoding {source.name}, {row}")
             own = row in ("after", "own") or (row in ACTIVATIONS and _kind(encoder) == row)
             for column, (pairs, margins) in cells.items():
                 cell, drawn = f"{row}/{column}", margins.shape[1] > 1
@@ -98,7 +98,8 @@ class PairsGrid(Config):
         once = torch.ones(1, len(rows), dtype=torch.float64)
         metrics = {name: float(statistic.bind(rows)(once)) for name, statistic in statistics.items()}
         metrics |= {"skipped": float(len(source) - len(rows))} if len(source) > len(rows) else {}
-        return Evaluation(metrics, {}, rows, statistics)
+        spread = frozenset(name for name, statistic in statistics.items() if isinstance(statistic, Spread))
+        return Evaluation(metrics, {}, rows, statistics, lower=spread)
 
     def _rows(self, encoder: Encoder) -> Iterator[tuple[str, Encoder]]:
         """Names and encoders."""
@@ -112,27 +113,29 @@ class PairsGrid(Config):
         yield "after", encoder
 
     def _cells(
-        self, encoder: Encoder, source: PairSource, *, batch_size: int, log: RunLog | None, title: str
+        self, encoder: Encoder, source: PairSource, features: Features, *, title: str
     ) -> dict[str, tuple[list[Pair], Tensor]]:
         """{column: (pairs, margins (n, R, 2): how much text 0 and 1 prefer their image)}."""
         classed, parameter = _has_class_token(encoder), next(encoder.image.parameters())
         want, generator = FeatureRequest(tokens=classed), Generator().manual_seed(self.seed)
         plain, mixed, pairs, bad = list[Tensor](), list[Tensor](), list[Pair](), BadSamples(len(source))
-        batches = evaluation_batches(source, preprocess=encoder.preprocess, batch_size=batch_size, bad=bad)
-        with log.progress(title, len(source)) if log else nullcontext() as bar, _measuring(encoder):
-            for batch in batches:
-                found = encoder.image(encoder.preprocess.normalize(stack_images(batch).to(parameter)), want)
+        log, workers = getattr(features, "log", None), getattr(features, "workers", 0)
+        size, preprocess = getattr(features, "batch_size", 256), encoder.preprocess
+        with LateBar(log, title, len(source)) as bar, _measuring(encoder):
+            for batch in evaluation_batches(source, preprocess=preprocess, batch_size=size, bad=bad, workers=workers):
+                found = encoder.image(preprocess.normalize(stack_images(batch).to(parameter)), want)
                 plain.append(F.normalize(found.pooled.float(), dim=-1)[:, None, None].cpu())
                 if found.tokens is not None:
                     projection = getattr(encoder.image.tower, "proj", None)
                     patches = found.tokens if projection is None else found.tokens @ projection
                     mixed.append(self._mix(found.pooled.float().cpu(), patches.float().cpu(), generator))
                 pairs += [item for item in batch if isinstance(item, Pair)]
-                if bar is not None:
-                    bar.advance(len(batch))
+                bar.advance(len(batch))
         if not pairs:
             raise InputError(f"{source.name} has nothing that can be read: {bad}")
-        texts = EncoderFeatures(encoder, batch_size=batch_size).texts([text for pair in pairs for text in pair.texts])
+        texts = EncoderFeatures(encoder, batch_size=size, log=log).texts(
+            [text for pair in pairs for text in pair.texts]
+        )
         pooled = {"cls" if classed else "pooled": plain} | ({"official": mixed} if classed else {})
         return {name: (pairs, _margins(torch.cat(rows), texts)) for name, rows in pooled.items()}
 
