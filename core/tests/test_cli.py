@@ -276,6 +276,16 @@ def test_export_and_eval_of_a_real_model(cli: Cli, tmp_path: Path) -> None:
     assert len(saved.samples) == 24 and saved.metrics == found.json["results"]["core/zero-shot"]
     assert list(saved.intervals["top1"]) == found.json["intervals"]["core/zero-shot"]["top1"]
     assert "top1" in cli(*args).out
+    (tmp_path / "mine.yaml").write_text(f"- zero-shot@{source}\n- {{use: linear-probe, data: '{source}'}}\n")
+    again = cli("eval", copied.json["export"], "--suite", tmp_path / "mine.yaml", "--json")
+    assert again.json["results"] == found.json["results"]
+    for wrong, message in (
+        (["--suite", "absent"], "unknown suite"),
+        ([], "name what to measure"),
+        (["--on", "x"], "x"),
+    ):
+        refused = cli("eval", "no/model", *wrong)
+        assert refused.code == 2 and message in refused.err, "before the model is opened"
 
 
 def test_export_to_open_clip_says_why_it_cannot(cli: Cli, tmp_path: Path) -> None:

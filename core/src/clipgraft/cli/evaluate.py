@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -19,9 +18,12 @@ def evaluate(
         str, typer.Argument(metavar="MODEL", help="Registered name, open_clip:ARCH[/TAG], hf:ORG/NAME or DIR.")
     ],
     on: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(metavar="NAME[?K=V][@SRC],...", help="Evaluators, each with settings and its own data if given."),
-    ],
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE.yaml", help="Evaluators with data by one name, or from a list.")
+    ] = None,
     data: Annotated[str | None, typer.Option(metavar="SRC", help="Data of the evaluators that name none.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write metrics, and a row per sample, here.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 256,
@@ -37,13 +39,15 @@ def evaluate(
     from clipgraft import evaluation
     from clipgraft.encoders import load
     from clipgraft.evaluation import records
+    from clipgraft.evaluation.suites import check_requested, requested
     from clipgraft.log import RunLog
 
-    nodes = [node.strip() for text in on for node in re.split(r",(?![^\[]*\])", text) if node.strip()]
+    check_requested(on or (), suite, registry=current())
     with redirect_stdout(sys.stderr):  # whatever libraries print
+        encoder = load(model, registry=current()).eval()
         found = evaluation.evaluate(
-            load(model, registry=current()).eval(),
-            nodes,
+            encoder,
+            requested(on or (), suite, encoder, registry=current()),
             registry=current(),
             default_data=data,
             batch_size=batch_size,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from clipgraft.config.schema import EvaluatorNode, EvaluatorRef
+from clipgraft.config.schema import EvaluatorNode, EvaluatorRef, evaluator_named
 from clipgraft.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,6 +36,32 @@ def open_suite(suite: str, encoder: Encoder, *, registry: Registry) -> list[Eval
         return read_file(Path(suite))
     found: Sequence[str] = registry.build("suite", suite, {})(encoder)
     return _nodes(list(found), origin=f"suite {suite}")
+
+
+def check_requested(on: Sequence[str], suite: str | None, *, registry: Registry) -> None:
+    """Raise before any model is opened when ``--on`` and ``--suite`` ask for nothing, or for what isn't there."""
+    if suite is not None:
+        check_suite(suite, registry=registry)
+    elif not _names(on):
+        raise InputError("name what to measure: --on NAME@SRC (clipgraft list evaluators) or --suite NAME")
+    for name in _names(on):
+        registry.ready("evaluator", evaluator_named(name).use)
+
+
+def requested(on: Sequence[str], suite: str | None, encoder: Encoder, *, registry: Registry) -> list[EvaluatorNode]:
+    """What a command line asks for: ``--on NAME,NAME --on NAME``, then what the suite has for this encoder."""
+    names = _names(on)
+    listed = [] if suite is None else open_suite(suite, encoder, registry=registry)
+    if suite is not None and not listed and not names:
+        raise InputError(
+            f"suite {suite} has nothing to measure on {encoder.data.origin.uri}; name evaluators with --on"
+        )
+    return [*map(evaluator_named, names), *listed]
+
+
+def _names(on: Sequence[str]) -> list[str]:
+    """Names between commas that aren't inside brackets."""
+    return [name.strip() for text in on for name in re.split(r",(?![^\[]*\])", text) if name.strip()]
 
 
 def read_file(path: Path) -> list[EvaluatorNode]:
