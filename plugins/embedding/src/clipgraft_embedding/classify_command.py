@@ -22,9 +22,7 @@ from clipgraft_embedding.embed_command import (
 
 def classify(
     model: ModelArgument,
-    images: Annotated[
-        str, typer.Option(metavar="DIR|SRC", help="A folder at any depth, an image, or a data reference.")
-    ],
+    images: Annotated[str, typer.Option(metavar="DIR|SRC", help="A folder at any depth, an image, or data.")],
     labels: Annotated[str | None, typer.Option(metavar="A,B,...", help="The classes.")] = None,
     labels_file: Annotated[Path | None, typer.Option(metavar="FILE", help="The classes, one per line.")] = None,
     templates: Annotated[

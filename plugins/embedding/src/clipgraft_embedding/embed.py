@@ -71,6 +71,10 @@ def embed(
     check_suffix(out)
     if batch_size < 1 or shard_size < 1:
         raise InputError("batch_size and shard_size are at least 1")
+    if hasattr(source, "patterns"):
+        raise InputError(f"{source.name} holds minimal pairs; this needs single images")
+    if kind == "texts":
+        encoder.tokenizer  # noqa: B018 - refuses an encoder without a text tower
     log = log or RunLog(is_main=False)
     plan = Plan(
         kind=kind,
@@ -105,9 +109,11 @@ def embed(
         workers = usual_workers(source, kind) if workers is None else workers
         together(lambda: _fill(parts, encoder, source, todo, plan, workers=workers, log=log))
         files, draft = [parts.path(part) for part in range(len(batches))], parts.folder / "joined.tmp"
-        about = together(lambda: join(out, plan, files, classes=source.classes, draft=draft) if rank() == 0 else None)[
-            0
-        ]
+
+        def finish() -> About | None:
+            return join(out, plan, files, classes=source.classes, draft=draft) if rank() == 0 else None
+
+        about = together(finish)[0]
         assert about is not None
         if rank() == 0:
             parts.remove()
@@ -210,7 +216,9 @@ def _fill(
                 rate = done / (time.monotonic() - started)
                 bar.advance(span.stop - span.start, note=f"{rate:.1f} {plan.kind}/s")
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; {made} parts of this call are kept, the same command continues") from None
+        raise Interrupted(
+            f"interrupted; parts made in this call and kept: {made}; the same command continues"
+        ) from None
     if unreadable:
         log.info(f"skipped {unreadable} that can't be read: {'; '.join(first)}{'; ...' if unreadable > 3 else ''}")
 

@@ -86,6 +86,8 @@ class Parts:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if not (self.folder / "plan.json").exists():  # nothing was begun
+            self.remove()
         if self._lock is not None:
             os.close(self._lock)
 

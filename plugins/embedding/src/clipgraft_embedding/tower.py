@@ -83,16 +83,14 @@ def _class_token_only(module: Any, pixels: Tensor) -> Tensor:
     return pooled
 
 
-def _pools_class_token(module: Any) -> bool:
+def _pools_class_token(module: nn.Module) -> bool:
     """Whether this is open_clip's plain ViT, no part of which was replaced, parametrised or hooked."""
     from open_clip.transformer import ResidualAttentionBlock, Transformer, VisionTransformer
 
-    tower = getattr(module, "tower", None)
-    if (
-        type(module) is not VitImage
-        or type(tower) is not VisionTransformer
-        or type(tower.transformer) is not Transformer
-    ):
+    if type(module) is not VitImage:
+        return False
+    tower: Any = module.tower
+    if (type(tower), type(getattr(tower, "transformer", None))) != (VisionTransformer, Transformer):
         return False
     blocks = tower.transformer.resblocks
     return (
