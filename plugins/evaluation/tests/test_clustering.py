@@ -74,6 +74,16 @@ def reference(score: str, rows: Sequence[dict[str, Any]]) -> float:
     return max(hits) / len(rows)
 
 
+def ari(rows: Sequence[dict[str, Any]], drawn: Sequence[int]) -> float:
+    """Over pairs of draws, those of one sample left out."""
+    pairs = [(rows[i], rows[j]) for a, i in enumerate(drawn) for j in drawn[:a] if i != j]
+    labels, clusters = ([a[key] == b[key] for a, b in pairs] for key in ("label", "cluster"))
+    joined = sum(a and b for a, b in zip(labels, clusters, strict=True))
+    chance = sum(labels) * sum(clusters) / len(pairs)
+    room = (sum(labels) + sum(clusters)) / 2 - chance
+    return (joined - chance) / room if room else 1.0
+
+
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("shape", [(60, 4, 4), (60, 5, 3), (60, 3, 5), (5, 2, 2)])
 def test_scores_are_scikit_learns_on_draws_too(score: Any, shape: tuple[int, int, int]) -> None:
@@ -81,8 +91,10 @@ def test_scores_are_scikit_learns_on_draws_too(score: Any, shape: tuple[int, int
     assert value(Agreement(score), rows) == pytest.approx(reference(score, rows), abs=1e-9)
     drawn = torch.randint(len(rows), (3, len(rows)), generator=torch.Generator().manual_seed(1))
     weights = torch.stack([d.bincount(minlength=len(rows)) for d in drawn]).double()
-    expected = [reference(score, [rows[k] for k in d]) for d in drawn.tolist()]
+    expected = [reference(score, [rows[k] for k in d]) if score != "ari" else ari(rows, d) for d in drawn.tolist()]
     assert Agreement(score).bind(rows)(weights).tolist() == pytest.approx(expected, abs=1e-9)
+    once = list(range(len(rows)))
+    assert ari(rows, once) == pytest.approx(reference("ari", rows), abs=1e-9)
 
 
 @pytest.mark.parametrize("score", SCORES)

@@ -19,7 +19,7 @@ from clipgraft.data.base import Source
 from clipgraft.errors import InputError
 from clipgraft.evaluation.base import Evaluation
 from clipgraft.evaluation.features import EncoderFeatures
-from clipgraft.evaluation.statistics import Bound, Records, value
+from clipgraft.evaluation.statistics import Bound, Records, Statistic, value
 from clipgraft_evaluation.knn import digest, progress
 
 Score = Literal["nmi", "accuracy", "ari"]
@@ -54,7 +54,7 @@ class Clustering(Config):
         rows = zip(samples, labels.tolist(), found.tolist(), strict=True)
         records = tuple({"id": s.id, "label": label, "cluster": cluster} for s, label, cluster in rows)
         scores: tuple[Score, ...] = ("nmi", "accuracy", "ari")
-        statistics = {name: Agreement(name) for name in scores}
+        statistics: dict[str, Statistic] = {name: Agreement(name) for name in scores}
         metrics = {name: value(statistic, records) for name, statistic in statistics.items()}
         counts = {"accuracy": (round(metrics["accuracy"] * len(records)), len(records))}
         return Evaluation(metrics, counts, records, statistics)
@@ -64,7 +64,7 @@ class Clustering(Config):
 class Agreement:
     """NMI (arithmetic mean), accuracy (Hungarian assignment) or ARI (Hubert and Arabie 1985) of two columns.
 
-    A sample that is drawn twice counts as two samples.
+    A sample that is drawn twice counts as two samples; for ARI the two form no pair, which would always be joined.
     """
 
     score: Score
@@ -77,17 +77,20 @@ class Agreement:
         columns, clusters = _numbers([row[self.cluster] for row in samples])
         pairs, pair = (rows * clusters + columns).unique(return_inverse=True)
         row, column = pairs // clusters, pairs % clusters
-        compute = {"nmi": _nmi, "accuracy": _accuracy, "ari": _ari}[self.score]
 
-        def bound(weights: Tensor) -> Tensor:
+        def counts(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             table = weights.new_zeros(len(weights), len(pairs)).index_add_(1, pair, weights)
-            return compute(table, _sum(table, row, classes), _sum(table, column, clusters), row, column)
+            return table, _sum(table, row, classes), _sum(table, column, clusters)
 
-        return bound
+        if self.score == "nmi":
+            return lambda weights: _nmi(*counts(weights))
+        if self.score == "ari":
+            return lambda weights: _ari(counts(weights), counts(weights.square()))
+        return lambda weights: _accuracy(*counts(weights), row, column)
 
 
-def _nmi(table: Tensor, rows: Tensor, columns: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """Table (b, E) with its sums (b, C) and (b, G), place (E,) of each entry -> (b,). One class, one cluster: 1."""
+def _nmi(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Table (b, E) with its sums (b, C) and (b, G) -> (b,). One class and one cluster: 1."""
     total = table.sum(1, keepdim=True)
     of_rows, of_columns = _entropy(rows / total), _entropy(columns / total)
     shared = of_rows + of_columns - _entropy(table / total)
@@ -96,7 +99,7 @@ def _nmi(table: Tensor, rows: Tensor, columns: Tensor, row: Tensor, column: Tens
 
 
 def _accuracy(table: Tensor, rows: Tensor, columns: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """As ``_nmi``: the largest share that a one-to-one assignment of clusters to classes has right."""
+    """As ``_nmi``, with the place (E,) of each entry: the best share that a one-to-one assignment has right."""
     best = []
     for counts in table:
         dense = np.zeros((rows.shape[1], columns.shape[1]))
@@ -105,12 +108,14 @@ def _accuracy(table: Tensor, rows: Tensor, columns: Tensor, row: Tensor, column:
     return table.new_tensor(best) / table.sum(1)
 
 
-def _ari(table: Tensor, rows: Tensor, columns: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """As ``_nmi``: pairs of samples that both sides join or part, 0 as by chance; 1 when both are trivial alike."""
-    joined, by_rows, by_columns = (_pairs(counts).sum(1) for counts in (table, rows, columns))
-    chance = by_rows * by_columns / _pairs(table.sum(1))
+def _ari(sums: tuple[Tensor, ...], squares: tuple[Tensor, ...]) -> Tensor:
+    """As ``_nmi``, of weights and of their squares: pairs that both sides join, 0 as by chance; trivial alike: 1."""
+    joined, by_rows, by_columns = (
+        (weight.square() - square).sum(1) for weight, square in zip(sums, squares, strict=True)
+    )
+    chance = by_rows * by_columns / (sums[0].sum(1).square() - squares[0].sum(1))
     room = (by_rows + by_columns) / 2 - chance
-    return torch.where(room > 1e-12, (joined - chance) / room, 1.0)
+    return torch.where(room > 1e-9, (joined - chance) / room, 1.0)
 
 
 def _k_means(x: np.ndarray, count: int, *, seed: int) -> tuple[float, Tensor]:
@@ -124,10 +129,6 @@ def _k_means(x: np.ndarray, count: int, *, seed: int) -> tuple[float, Tensor]:
 def _entropy(shares: Tensor) -> Tensor:
     """(b, E) -> (b,) in nats."""
     return torch.special.entr(shares).sum(1)
-
-
-def _pairs(counts: Tensor) -> Tensor:
-    return counts * (counts - 1) / 2
 
 
 def _sum(table: Tensor, place: Tensor, size: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -64,7 +64,8 @@ class Corruption(Config):
             raise InputError(f"{source.name} holds minimal pairs; corruption needs single images with classes")
         names, severities = self.corruptions or STANDARD, tuple(dict.fromkeys(self.severities))
         whole = self.limit is None or self.limit >= len(source)
-        clean = source if whole else Corrupted(source, rows=_drawn(len(source), self.limit or 0))
+        rows = range(len(source)) if whole else _drawn(len(source), self.limit or 0)
+        clean = source if whole else Corrupted(source, rows=rows)
         samples, labels = features.samples(clean), features.labels(clean)
         weights = features.classifier(source.classes, self.templates or source.templates)
         columns = {"clean": _right(features.images(clean), weights, labels)}
@@ -72,7 +73,7 @@ class Corruption(Config):
             for severity in severities:
                 view = Corrupted(
                     source,
-                    rows=range(len(source)) if whole else clean.rows,
+                    rows=rows,
                     corruption=name,
                     severity=severity,
                     seed=self.seed,
@@ -87,8 +88,8 @@ class Corruption(Config):
         shares |= {f"severity_{s}": _mean(columns, [f"{name}-{s}" for name in names]) for s in severities}
         shares["mean"] = _mean(shares, names)
         columns |= shares
-        rows = zip(samples, labels.tolist(), *(column.tolist() for column in columns.values()), strict=True)
-        records = tuple({"id": s.id, "label": label, **dict(zip(columns, row, strict=True))} for s, label, *row in rows)
+        told = zip(samples, labels.tolist(), *(column.tolist() for column in columns.values()), strict=True)
+        records = tuple({"id": s.id, "label": label, **dict(zip(columns, row, strict=True))} for s, label, *row in told)
         statistics: dict[str, Statistic] = {name: Share(name) for name in ("clean", "mean", *shares)}
         metrics = {name: value(statistic, records) for name, statistic in statistics.items()}
         if metrics["clean"]:
@@ -97,46 +98,28 @@ class Corruption(Config):
         return Evaluation(metrics, {"clean": (int(columns["clean"].sum()), len(records))}, records, statistics)
 
 
-@dataclass(frozen=True)
 class Corrupted:
     """A source of some rows of another, each image corrupted by its own randomness; as they are without a corruption.
 
     With ``preprocess`` images are brought to the model's input first: (3, H, W') uint8.
     """
 
-    source: Source
-    _: KW_ONLY
-    rows: Sequence[int]
-    corruption: str = ""
-    severity: int = 0
-    seed: int = 0
-    preprocess: Preprocess | None = None
-
-    @property
-    def name(self) -> str:
-        """With what was done to it."""
-        return f"{self.source.name} {self.corruption} {self.severity}" if self.corruption else self.source.name
-
-    @property
-    def fingerprint(self) -> str:
-        """Of all that pixels depend on."""
-        told = (self.source.fingerprint, list(self.rows), self.corruption, self.severity, self.seed, self.preprocess)
-        return hashlib.sha256(repr((VERSION, *told)).encode()).hexdigest()
-
-    @property
-    def classes(self) -> Sequence[str]:
-        """As the source's."""
-        return self.source.classes
-
-    @property
-    def templates(self) -> Sequence[str]:
-        """As the source's."""
-        return self.source.templates
-
-    @property
-    def attributes(self) -> Mapping[str, Sequence[str]]:
-        """As the source's."""
-        return self.source.attributes
+    def __init__(
+        self,
+        source: Source,
+        *,
+        rows: Sequence[int],
+        corruption: str = "",
+        severity: int = 0,
+        seed: int = 0,
+        preprocess: Preprocess | None = None,
+    ) -> None:
+        self.source, self.rows, self.preprocess = source, rows, preprocess
+        self.corruption, self.severity, self.seed = corruption, severity, seed
+        self.name = f"{source.name} {corruption} {severity}" if corruption else source.name
+        self.classes, self.templates, self.attributes = source.classes, source.templates, source.attributes
+        told = (VERSION, source.fingerprint, list(rows), corruption, severity, seed, preprocess)
+        self.fingerprint = hashlib.sha256(repr(told).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -18,7 +18,7 @@ from clipgraft.data.base import Source
 from clipgraft.errors import InputError
 from clipgraft.evaluation.base import Evaluation
 from clipgraft.evaluation.features import EncoderFeatures
-from clipgraft.evaluation.statistics import Bound, Records, value
+from clipgraft.evaluation.statistics import Bound, Records, Statistic, value
 
 Metric = Literal["auroc", "aupr_known", "aupr_outlier", "fpr95"]
 RECALL = 0.95
@@ -63,7 +63,7 @@ class OutOfDistribution(Config):
             )
         ]
         names: tuple[Metric, ...] = ("auroc", "aupr_known", "aupr_outlier", "fpr95")
-        statistics = {name: Separation(name) for name in names}
+        statistics: dict[str, Statistic] = {name: Separation(name) for name in names}
         metrics = {name: value(statistic, records) for name, statistic in statistics.items()}
         known, unknown = len(features.samples(source)), len(features.samples(opened))
         metrics |= {"known_images": float(known), "outlier_images": float(unknown)}
