@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ class ConditionGap:
 
     right: float
     wrong: float
+    term: str = "flow"
 
     @property
     def gap(self) -> float:
@@ -26,7 +28,15 @@ class ConditionGap:
 
     def metrics(self) -> dict[str, float]:
         """By name."""
-        return {"flow_right": self.right, "flow_wrong": self.wrong, "condition_gap": self.gap}
+        return {f"{self.term}_right": self.right, f"{self.term}_wrong": self.wrong, "condition_gap": self.gap}
+
+
+def blur(z: Tensor, noise: float) -> Tensor:
+    """z (B, D) with up to ``noise`` of its standard deviations on it; as it is when ``noise`` is 0, without a draw."""
+    if not noise:
+        return z
+    share = torch.rand(len(z), 1, device=z.device)
+    return z + noise * share * z.detach().std(-1, keepdim=True) * torch.randn_like(z)
 
 
 class Feedback(nn.Module):
@@ -36,6 +46,8 @@ class Feedback(nn.Module):
     sample (none in the paper). A small generator otherwise reads details from directions in which the embedding hardly
     varies; feedback then grows those directions, which the text tower doesn't know.
     """
+
+    term: ClassVar[str] = "flow"
 
     def __init__(
         self, condition: GlobalCondition, denoiser: FluxDenoiser, *, times: TimeLaw, noise: float = 0.0
@@ -53,10 +65,7 @@ class Feedback(nn.Module):
 
     def blurred(self, z: Tensor) -> Tensor:
         """z (B, D) with noise on it; as it is when ``noise`` is 0, without a draw."""
-        if not self.noise:
-            return z
-        share = torch.rand(len(z), 1, device=z.device)
-        return z + self.noise * share * z.detach().std(-1, keepdim=True) * torch.randn_like(z)
+        return blur(z, self.noise)
 
     def draw(self, x1: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Noise levels (B,) and noise (B, N, C) for a batch of latents."""

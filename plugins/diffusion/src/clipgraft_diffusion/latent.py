@@ -5,8 +5,6 @@ Both are modules ``(pixels in [0, 1]) -> (B, N, C)`` without gradient, with ``ch
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,11 +14,14 @@ from torch.nn import functional as F
 from clipgraft.encoders.base import ImageEncoder, Preprocess
 from clipgraft.errors import InputError
 from clipgraft.types import FeatureRequest, ImageFeatures
+from clipgraft_diffusion.opening import open_part, part_problem
+from clipgraft_diffusion.pretrained import Pretrained
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 TOKENS = FeatureRequest(tokens=True)
+OTHERWISE = "set latent.kind to tokens, which needs none"
 
 
 def pack(latent: Tensor) -> Tensor:
@@ -67,52 +68,27 @@ class VaeLatent(nn.Module):
             posterior = self.vae.encode(2 * pixels.float() - 1).latent_dist
             return pack(self.scale * (posterior.sample(generator) - self.shift))
 
+    def fitted(self) -> nn.Module | None:
+        """Nothing here was fitted to the training images."""
+        return None
+
+
+VAE = Pretrained("AutoencoderKL", "latent.vae", "autoencoder", "set latent.kind to tokens", "vae")
+
 
 def vae_problem(name: str, subfolder: str | None) -> str | None:
     """Why this autoencoder can't be opened, as far as can be seen without the network; None when nothing speaks so."""
-    if (folder := _local(name, subfolder)) is not None:
-        if (folder / "config.json").is_file():
-            return None
-        return (
-            f"latent.vae: {name} holds no diffusers autoencoder (no config.json); give one that does, or set "
-            "latent.kind to tokens, which needs none"
-        )
-    import huggingface_hub
-
-    path = f"{subfolder}/config.json" if subfolder else "config.json"
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
-    if offline and not isinstance(huggingface_hub.try_to_load_from_cache(name, path), str):
-        return (
-            f"latent.vae: {name} isn't in the local Hugging Face cache and HF_HUB_OFFLINE is set; unset it, give a "
-            "local directory, or set latent.kind to tokens"
-        )
-    return None
+    return part_problem(name, subfolder, setting="latent.vae", what="autoencoder", otherwise=OTHERWISE)
 
 
 def open_vae(name: str, subfolder: str | None) -> Any:
     """diffusers' ``AutoencoderKL`` from a local directory or a Hugging Face id, safetensors only."""
     import diffusers
 
-    opener: Any = diffusers.AutoencoderKL
     if problem := vae_problem(name, subfolder):
         raise InputError(problem)
-    local = _local(name, subfolder)
-    where, inside = (name, subfolder) if local is None else (str(local), None)
-    try:
-        return opener.from_pretrained(where, subfolder=inside, use_safetensors=True)
-    except OSError as error:
-        raise InputError(
-            f"latent.vae: {name} can't be opened ({str(error).splitlines()[0]}); accept its licence and log in, give a "
-            "local directory, or set latent.kind to tokens"
-        ) from error
-
-
-def _local(name: str, subfolder: str | None) -> Path | None:
-    path = Path(name).expanduser()
-    if not path.exists() and not name.startswith((".", "/", "~")):
-        return None
-    inside = path / (subfolder or "vae")
-    return inside if inside.is_dir() else path
+    opener: Any = diffusers.AutoencoderKL
+    return open_part(opener, name, subfolder, setting="latent.vae", otherwise=OTHERWISE, use_safetensors=True)
 
 
 class Standardise(nn.Module):
@@ -161,6 +137,10 @@ class TokenLatent(nn.Module):
         self.tower = None if tower is None else tower.requires_grad_(False).eval()
         self.standardise = Standardise(self.grid[0] * self.grid[1], self.channels)
 
+    def fitted(self) -> nn.Module | None:
+        """What was fitted to the training images and belongs to the generator."""
+        return self.standardise
+
     def raw(self, features: ImageFeatures) -> Tensor:
         """Features with tokens -> (B, N, C), pooled, not standardised."""
         return F.avg_pool2d(features.map().float(), self.pool).flatten(2).transpose(1, 2)
@@ -179,12 +159,16 @@ class TokenLatent(nn.Module):
         return self.from_features(features)
 
 
-def token_grid(tower: ImageEncoder, *, pool: int) -> tuple[int, int]:
-    """The pooled token grid of a tower."""
+def token_grid(tower: ImageEncoder, *, pool: int, setting: str = "latent") -> tuple[int, int]:
+    """The pooled token grid of a tower; ``setting`` is the config block that messages name."""
     if tower.grid is None:
-        raise InputError("latent.kind tokens needs a tower with a patch grid; choose a ViT or set latent.kind to vae")
+        other = {"latent": "vae", "codes": "vq"}[setting]
+        raise InputError(
+            f"{setting}.kind tokens needs a tower with a patch grid; choose a ViT or set {setting}.kind to {other}"
+        )
     if tower.grid[0] % pool or tower.grid[1] % pool:
         raise InputError(
-            f"latent.pool {pool} doesn't divide the {tower.grid[0]} x {tower.grid[1]} patch grid; set latent.pool to 1"
+            f"{setting}.pool {pool} doesn't divide the {tower.grid[0]} x {tower.grid[1]} patch grid; set "
+            f"{setting}.pool to 1"
         )
     return tower.grid[0] // pool, tower.grid[1] // pool

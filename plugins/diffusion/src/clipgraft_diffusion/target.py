@@ -9,8 +9,11 @@ from torch import Tensor, nn
 
 from clipgraft.encoders.base import Encoder
 from clipgraft.types import Batch, FeatureRequest, ImageFeatures
+from clipgraft_diffusion.codes import TokenCodes, VqCodes
 from clipgraft_diffusion.latent import TokenLatent, VaeLatent
 
+Latent = VaeLatent | TokenLatent | VqCodes | TokenCodes
+"""What can be restored: continuous tokens, or codes."""
 POOLED, TOKENS = FeatureRequest(), FeatureRequest(tokens=True)
 MEMORY = 2**30
 """Bytes of frozen outputs that are kept at most."""
@@ -20,7 +23,7 @@ MEMORY = 2**30
 class Seen:
     """Embedding of the base ``z`` (B, D), not normalised, and the clean latent ``x1`` (B, N, C), both in fp32.
 
-    Without a latent (nothing is to be restored) N is 0.
+    Codes are indices ``x1`` (B, N) int64. Without a latent (nothing is to be restored) N is 0.
     """
 
     z: Tensor
@@ -35,12 +38,10 @@ class Target(nn.Module):
     that aren't sampled. A batch with one unknown sample is computed whole, so that its shape never depends on history.
     """
 
-    def __init__(
-        self, base: Encoder, latent: VaeLatent | TokenLatent | None, *, shuffled: bool = False, remember: bool = False
-    ) -> None:
+    def __init__(self, base: Encoder, latent: Latent | None, *, shuffled: bool = False, remember: bool = False) -> None:
         super().__init__()
         self.base: Encoder = base
-        self.latent: VaeLatent | TokenLatent | None = latent
+        self.latent: Latent | None = latent
         self.shuffled, self.remember = shuffled, remember and not isinstance(latent, VaeLatent)
         self._known: dict[str, Seen] = {}
         self._bytes = 0
@@ -60,12 +61,12 @@ class Target(nn.Module):
     @torch.no_grad()
     def look(self, pixels: Tensor) -> Seen:
         """Pixels (B, 3, H, W') in [0, 1] -> embedding and latent, each image with its own."""
-        shared = isinstance(self.latent, TokenLatent) and self.latent.tower is None
+        shared = isinstance(self.latent, TokenLatent | TokenCodes) and self.latent.tower is None
         features: ImageFeatures = self.base.image(self.base.preprocess.normalize(pixels), TOKENS if shared else POOLED)
         z = features.pooled.float()
         if self.latent is None:
             return Seen(z, z.new_zeros(len(z), 0, 0))
-        if isinstance(self.latent, TokenLatent) and shared:
+        if isinstance(self.latent, TokenLatent | TokenCodes) and shared:
             return Seen(z, self.latent.from_features(features))
         return Seen(z, self.latent(pixels))
 

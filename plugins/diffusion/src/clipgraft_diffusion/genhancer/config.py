@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from clipgraft.config.schema import Config, RunConfig, TrainConfig
 from clipgraft_diffusion.flow import LogitNormal, TimeLaw, Uniform
 
+NOTHING = "clip.weight and clip.anchor.weight are both 0, nothing would be trained; raise one"
+
 
 class LatentConfig(Config):
     """What is denoised."""
@@ -89,7 +91,7 @@ class GeneratorConfig(Config):
     noise: float = Field(0.0, ge=0, description="most blur on the embedding, in its standard deviations; paper: none")
 
 
-class ClipConfig(Config):
+class TowerConfig(Config):
     """Stage 2: the image tower trained by the generator's feedback."""
 
     train: TrainConfig
@@ -99,6 +101,16 @@ class ClipConfig(Config):
     generator_lr: float = Field(1.0, gt=0, description="factor on train.lr for projectors and denoiser, with all")
     weight: float = Field(1.0, ge=0, description="of the feedback; 0 is the anchor-only control arm, without stage 1")
     anchor: AnchorConfig = AnchorConfig()
+
+    @property
+    def trains_something(self) -> bool:
+        """Whether any term of the loss has a weight."""
+        return self.weight > 0 or self.anchor.weight > 0
+
+
+class ClipConfig(TowerConfig):
+    """Stage 2 with the continuous denoiser."""
+
     flow: FlowConfig | None = Field(None, description="another law than stage 1's")
 
 
@@ -115,6 +127,6 @@ class GenHancerConfig(RunConfig):
 
     @model_validator(mode="after")
     def _trains_something(self) -> GenHancerConfig:
-        if self.clip.weight == 0 and self.clip.anchor.weight == 0:
-            raise ValueError("clip.weight and clip.anchor.weight are both 0, nothing would be trained; raise one")
+        if not self.clip.trains_something:
+            raise ValueError(NOTHING)
         return self

@@ -21,8 +21,11 @@ from clipgraft.types import Batch, ImageFeatures, StepOutput
 from clipgraft_diffusion.anchor import Anchor
 from clipgraft_diffusion.drift import weight_drift
 from clipgraft_diffusion.feedback import Feedback
-from clipgraft_diffusion.latent import TokenLatent
+from clipgraft_diffusion.masked import MaskedFeedback
 from clipgraft_diffusion.target import Seen, Target
+
+AnyFeedback = Feedback | MaskedFeedback
+"""The continuous denoiser's verdict, or the discrete one's."""
 
 
 class GeneratorStage(TrainStage):
@@ -35,33 +38,34 @@ class GeneratorStage(TrainStage):
         train: TrainConfig,
         source: Source,
         target: Target,
-        feedback: Feedback,
+        feedback: AnyFeedback,
         held_out: Tensor,
         crop: tuple[float, float] | None = (0.9, 1.0),
     ) -> None:
         super().__init__(name, train=train, source=source)
         self.training_crop = crop
         self.target: Target = target
-        self.feedback: Feedback = feedback
+        self.feedback: AnyFeedback = feedback
         self.freeze(target)
         self.held_out: Tensor
         self.register_buffer("held_out", held_out, persistent=False)
 
     def forward(self, batch: Batch) -> StepOutput:
-        """One batch -> mean flow loss."""
+        """One batch -> mean loss of the generator."""
         seen: Seen = self.target(batch)
         loss = self.feedback(seen.z, seen.x1).mean()
-        return StepOutput(loss, {"flow": loss.detach()}, len(batch))
+        return StepOutput(loss, {self.feedback.term: loss.detach()}, len(batch))
 
     def components(self) -> dict[str, nn.Module]:
-        """Denoiser, projectors and, for tokens, their statistics: all that stage 2 takes over."""
+        """Denoiser, projectors and what was fitted to the images (statistics, codes): all that stage 2 takes over."""
         found: dict[str, nn.Module] = {"denoiser": self.feedback.denoiser, "condition": self.feedback.condition}
-        if isinstance(self.target.latent, TokenLatent):
-            found["latent"] = self.target.latent.standardise
+        fitted = None if self.target.latent is None else self.target.latent.fitted()
+        if fitted is not None:
+            found["latent"] = fitted
         return found
 
     def final_metrics(self) -> dict[str, float]:
-        """Flow loss on held-out images with their own and with another image's embedding."""
+        """The loss on held-out images with their own and with another image's embedding."""
         seen = self.target.look(self.held_out)
         return self.feedback.condition_gap(seen.z, seen.x1).metrics()
 
@@ -80,7 +84,7 @@ class ClipStage(TrainStage):
         source: Source,
         encoder: Encoder,
         target: Target,
-        feedback: Feedback | None,
+        feedback: AnyFeedback | None,
         anchor: Anchor | None,
         held_out: Tensor,
         train_generator: bool = False,
@@ -93,7 +97,7 @@ class ClipStage(TrainStage):
         self.training_crop = crop
         self.encoder: Encoder = encoder
         self.target: Target = target
-        self.feedback: Feedback | None = feedback
+        self.feedback: AnyFeedback | None = feedback
         self.anchor: Anchor | None = anchor
         for part in (target, encoder.text, None if train_generator else feedback):
             if part is not None:
@@ -106,13 +110,13 @@ class ClipStage(TrainStage):
         self.register_buffer("held_out", held_out, persistent=False)
 
     def forward(self, batch: Batch) -> StepOutput:
-        """One batch -> weight * flow + anchor weight * anchor."""
+        """One batch -> weight * feedback + anchor weight * anchor."""
         z, seen = self._embed(batch.pixels), self.target(batch)  # (B, D)
         loss = z.new_zeros(())
         terms = {"cosine_to_base": F.cosine_similarity(z.detach(), seen.z, dim=-1).mean()}
         if self.feedback is not None:
-            flow = self.feedback(z, seen.x1).mean()
-            loss, terms["flow"] = loss + self.weight * flow, flow.detach()
+            told = self.feedback(z, seen.x1).mean()
+            loss, terms[self.feedback.term] = loss + self.weight * told, told.detach()
         if self.anchor is not None:
             kept = self.anchor(z, seen.z)
             loss, terms["anchor"] = loss + self.anchor_weight * kept, kept.detach()
