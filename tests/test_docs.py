@@ -19,7 +19,7 @@ import pytest
 import typer
 
 from clipgraft import hookspecs, runhooks
-from clipgraft.cli import app
+from clipgraft.cli import _command, app, main
 from clipgraft.config.describe import describe
 from clipgraft.config.load import load_recipe, parse_yaml
 from clipgraft.manifests import PLURALS
@@ -415,11 +415,24 @@ def test_the_pages_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
             shell(f"{line} {FEW}" if "run genhancer" in line else line)
 
 
-def test_every_setting_says_what_it_is() -> None:
-    from clipgraft.config.describe import describe
-    from clipgraft.registry import Registry
-    from clipgraft.spec import KINDS
+def help_pages(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every command path, groups included."""
+    yield words
+    for name, sub in getattr(command, "commands", {}).items():
+        yield from help_pages(sub, (*words, name))
 
+
+def test_every_command_prints_its_help(capsys: pytest.CaptureFixture[str], registry: Registry) -> None:
+    for spec in registry.commands():
+        for words in help_pages(_command(spec), (spec.name,)):
+            with pytest.raises(SystemExit) as ended:
+                main([*words, "--help"])
+            streams = capsys.readouterr()
+            assert (ended.value.code, streams.err) == (0, ""), words
+            assert f"clipgraft {' '.join(words)}" in streams.out and "--help" in streams.out
+
+
+def test_every_setting_says_what_it_is() -> None:
     registry, bare = Registry.discover(), set()
     for registered in (r for kind in KINDS for r in registry.list(kind)):
         config = registry.config_class(registered.kind, registered.name)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -18,6 +18,10 @@ from clipgraft.registry import Registry, current, use
 
 if TYPE_CHECKING:
     from clipgraft.spec import CommandSpec
+
+
+MARKUP: Literal["markdown"] = "markdown"
+"""How help is read: Typer's default takes the brackets of ``ARCH[/TAG]`` for its own."""
 
 
 class Root(TyperGroup):
@@ -55,8 +59,9 @@ def _command(spec: CommandSpec) -> Any:
     """The command that a spec's target makes."""
     target = current().resolve(spec.target)
     if isinstance(target, typer.Typer):
+        target.rich_markup_mode = MARKUP
         return typer.main.get_group(target)
-    app = typer.Typer(add_completion=False)
+    app = typer.Typer(add_completion=False, rich_markup_mode=MARKUP)
     app.command(spec.name, help=spec.help)(target)
     return typer.main.get_command(app)
 

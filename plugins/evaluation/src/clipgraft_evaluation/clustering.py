@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from pydantic import Field
 from scipy.optimize import linear_sum_assignment
+from scipy.special import xlogy
+from scipy.stats import poisson
 from torch import Tensor
 
 from clipgraft.config.schema import Config
@@ -30,7 +32,7 @@ class Clustering(Config):
 
     clusters: int | None = Field(None, gt=1, description="clusters; null takes as many as classes occur")
     starts: int = Field(10, gt=0, description="k-means++ starts; the one with the smallest inertia counts")
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(0, ge=0, lt=2**31, description="of the first centres")
 
     def __call__(self, features: EncoderFeatures, source: Source) -> Evaluation:
         """``nmi``, ``accuracy`` under the best one-to-one assignment, ``ari`` (can be negative); id, label, cluster."""
@@ -64,7 +66,8 @@ class Clustering(Config):
 class Agreement:
     """NMI (arithmetic mean), accuracy (Hungarian assignment) or ARI (Hubert and Arabie 1985) of two columns.
 
-    A sample that is drawn twice counts as two samples; for ARI the two form no pair, which would always be joined.
+    A sample that is drawn twice counts as two samples. For ARI the two form no pair, which would always be joined; for
+    NMI each entropy gets back what redrawing takes from it on average (Efron's estimate of the bootstrap's bias).
     """
 
     score: Score
@@ -83,23 +86,43 @@ class Agreement:
             return table, _sum(table, row, classes), _sum(table, column, clusters)
 
         if self.score == "nmi":
-            return lambda weights: _nmi(*counts(weights))
+            lost = [_lost(table) for table in counts(torch.ones(1, len(samples), dtype=torch.float64))]
+            return lambda weights: _nmi(counts(weights), weights, lost)
         if self.score == "ari":
             return lambda weights: _ari(counts(weights), counts(weights.square()))
         return lambda weights: _accuracy(*counts(weights), row, column)
 
 
-def _nmi(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Table (b, E) with its sums (b, C) and (b, G) -> (b,). One class and one cluster: 1."""
-    total = table.sum(1, keepdim=True)
-    of_rows, of_columns = _entropy(rows / total), _entropy(columns / total)
-    shared = of_rows + of_columns - _entropy(table / total)
+def _nmi(sums: tuple[Tensor, ...], weights: Tensor, lost: list[float]) -> Tensor:
+    """Table (b, E) with its sums (b, C) and (b, G), draws (b, n) -> (b,). One class and one cluster: 1.
+
+    ``lost`` is given back in proportion to how uneven a draw is: not at all where every sample counts once.
+    """
+    total = weights.sum(1)
+    uneven = weights.square().sum(1) / total - 1
+    joint, of_rows, of_columns = (
+        torch.special.entr(counts / total[:, None]).sum(1) + uneven * gone / total
+        for counts, gone in zip(sums, lost, strict=True)
+    )
     mean = (of_rows + of_columns) / 2
-    return torch.where(mean > 1e-12, shared.clamp(min=0) / mean, 1.0)
+    return torch.where(mean > 1e-12, (of_rows + of_columns - joint).clamp(min=0) / mean, 1.0)
+
+
+def _lost(counts: Tensor) -> float:
+    """Counts (1, E) of n samples -> n times the entropy that redrawing them takes away on average [nats].
+
+    Sum over entries of E N log N - k log k, where N is Poisson with mean k; 1/2 each for large k.
+    """
+    known, times = counts.long().flatten().unique(return_counts=True)
+    lost = 0.0
+    for k, many in zip(known.tolist(), times.tolist(), strict=True):
+        n = np.arange(int(k + 12 * k**0.5 + 12))
+        lost += many * (0.5 if k > 1000 else float(poisson.pmf(n, k) @ xlogy(n, n) - xlogy(k, k)))
+    return lost
 
 
 def _accuracy(table: Tensor, rows: Tensor, columns: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """As ``_nmi``, with the place (E,) of each entry: the best share that a one-to-one assignment has right."""
+    """Table and sums as in ``_nmi``, place (E,) of each entry -> (b,): the best share that a one-to-one assignment has right."""
     best = []
     for counts in table:
         dense = np.zeros((rows.shape[1], columns.shape[1]))
@@ -109,7 +132,7 @@ def _accuracy(table: Tensor, rows: Tensor, columns: Tensor, row: Tensor, column:
 
 
 def _ari(sums: tuple[Tensor, ...], squares: tuple[Tensor, ...]) -> Tensor:
-    """As ``_nmi``, of weights and of their squares: pairs that both sides join, 0 as by chance; trivial alike: 1."""
+    """Table and sums of weights and of their squares -> (b,): joined pairs, 0 as by chance, 1 if trivial alike."""
     joined, by_rows, by_columns = (
         (weight.square() - square).sum(1) for weight, square in zip(sums, squares, strict=True)
     )
@@ -124,11 +147,6 @@ def _k_means(x: np.ndarray, count: int, *, seed: int) -> tuple[float, Tensor]:
 
     fitted = KMeans(count, n_init=1, random_state=seed).fit(x)
     return float(fitted.inertia_), torch.from_numpy(fitted.labels_.astype(np.int64))
-
-
-def _entropy(shares: Tensor) -> Tensor:
-    """(b, E) -> (b,) in nats."""
-    return torch.special.entr(shares).sum(1)
 
 
 def _sum(table: Tensor, place: Tensor, size: int) -> Tensor:

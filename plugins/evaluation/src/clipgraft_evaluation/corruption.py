@@ -39,7 +39,9 @@ class Corruption(Config):
     """
 
     corruptions: tuple[str, ...] = Field((), description="names; empty takes those of ImageNet-C but frost")
-    severities: tuple[Literal[1, 2, 3, 4, 5], ...] = Field((1, 2, 3, 4, 5), min_length=1)
+    severities: tuple[Literal[1, 2, 3, 4, 5], ...] = Field(
+        (1, 2, 3, 4, 5), min_length=1, description="strengths, averaged"
+    )
     at: Literal["input", "source"] = Field(
         "input", description="corrupt what the model sees, after resize and crop as in the paper, or the whole picture"
     )

@@ -33,7 +33,7 @@ class OutOfDistribution(Config):
     """
 
     outliers: str = Field(description="data whose images belong to no class of the source")
-    score: Literal["mcm", "max-logit", "energy"] = "mcm"
+    score: Literal["mcm", "max-logit", "energy"] = Field("mcm", description="what is high for known images")
     temperature: float = Field(1.0, gt=0, description="t; 1 on plain cosines is MCM's")
     templates: tuple[str, ...] = Field((), description="prompts with one {}; empty takes those of the data")
 

@@ -18,7 +18,7 @@ from clipgraft_toyworld.world import SPLITS, Split
 class DigitsConfig(Config):
     """Handwritten digits."""
 
-    split: Split = "train"
+    split: Split = Field("train", description="never share a digit")
     size: int = Field(32, ge=8, le=512, description="image side; the originals have 8 [pixels]")
 
 
