@@ -231,7 +231,7 @@ def test_a_mix_holds_every_sample_and_plans_its_shares(tmp_path: Path) -> None:
     assert [source.entry(i).id for i in range(30)] == ids and source.content(29) == png(9)
     assert [*source.classes] == ["cat", "dog"] and source[29].label == 1
     shown = set[int]()
-    for epoch in range(8):
+    for epoch in range(40):
         order = epoch_order(plan(source), seed=0, epoch=epoch).tolist()
         often = Counter(order)
         assert sum(often[i] for i in range(6)) == 20 and {often[i] for i in range(6)} == {3, 4}

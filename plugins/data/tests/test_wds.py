@@ -93,12 +93,13 @@ def test_it_reads_what_webdataset_writes_as_webdataset_reads_it(
 ) -> None:
     import webdataset
 
+    monkeypatch.setattr(webdataset.utils, "enforce_security", False)  # with it webdataset opens no file at all
     path = tmp_path / "w.tar"
     with webdataset.TarWriter(str(path)) as writer:
         for i in range(5):
             writer.write({"__key__": f"part/x{i}", "png": png(i), "json": {"caption": f"c{i}"}, "cls": i % 2})
     source = open_source(f"wds:{path}")
-    monkeypatch.setattr(webdataset.utils, "enforce_security", False)  # with it webdataset opens no file at all
+    monkeypatch.setattr(webdataset.utils, "enforce_security", False)
     theirs = list(webdataset.WebDataset(str(path), shardshuffle=False))
     assert [f"w/{row['__key__']}" for row in theirs] == [source[i].id for i in range(5)]
     assert [json.loads(row["json"])["caption"] for row in theirs] == [source[i].captions[0] for i in range(5)]

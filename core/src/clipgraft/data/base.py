@@ -78,7 +78,8 @@ class Source(Protocol):
 class Listed(Protocol):
     """What a source may offer beside ``Source``, so that ids, labels and groups are had without decoding images.
 
-    ``content(i)`` is the encoded image file. Both raise ``BadSample`` for a sample that is known but can't be read.
+    ``content(i)`` is the encoded image file. Both raise ``BadSample`` for a sample that is known but can't be read;
+    ``content`` raises ``LookupError`` when the sample has no file because its source makes pictures.
     """
 
     def entry(self, index: int) -> Entry: ...

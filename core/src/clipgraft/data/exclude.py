@@ -41,7 +41,7 @@ class Excluding:
     def content(self, index: int) -> bytes:
         """The encoded image, where the source has one."""
         if not isinstance(self.source, Listed):
-            raise BadSample(self.entry(index).id, "the source holds no image files")
+            raise LookupError(f"{self.name} holds no image files")
         return self.source.content(self.indices[index])
 
 

@@ -84,7 +84,7 @@ class Mix:
         part, place = self._place(index)
         source = self.sources[part]
         if not isinstance(source, Listed):
-            raise BadSample(self.entry(index).id, "the source holds no image files")
+            raise LookupError(f"{source.name} holds no image files")
         try:
             return source.content(place)
         except BadSample as error:

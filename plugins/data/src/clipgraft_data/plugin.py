@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clipgraft.spec import Component, hookimpl
+from clipgraft.spec import CommandSpec, Component, hookimpl
 
 _PACKAGE = "clipgraft_data"
 
@@ -24,3 +24,9 @@ def clipgraft_datasets() -> list[Component]:
         )
         for name, where, summary in rows
     ]
+
+
+@hookimpl
+def clipgraft_commands() -> list[CommandSpec]:
+    """`clipgraft data`."""
+    return [CommandSpec(name="data", target=f"{_PACKAGE}.commands:app", help="Look for what is wrong with a data set.")]
