@@ -27,8 +27,7 @@ class Probe(Config):
     solver: Solver = Field("lbfgs", description="multinomial logistic regression, or least squares in closed form")
     l2: Literal["sweep"] | Annotated[float, Field(gt=0)] = Field(
         "sweep",
-        description="weight decay: this times half the squared weights, beside the mean loss of a sample; sweep takes the "
-        "best of five on a fifth of the fitting data",
+        description="factor of half the squared weights, beside the mean loss; sweep: the best on a fifth of the data",
     )
 
     @property

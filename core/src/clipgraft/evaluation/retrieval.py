@@ -97,7 +97,7 @@ def _ranks(
 def _distinct(x: Tensor) -> tuple[Tensor, Tensor]:
     """(n, D) -> (u,) rows that differ from all before them, and (n,) which of these each row equals."""
     first: dict[bytes, int] = {}
-    kept, place = [], []
+    kept, place = list[int](), list[int]()
     for k, row in enumerate(x.contiguous().numpy()):
         place.append(first.setdefault(row.tobytes(), len(first)))
         kept += [k] if place[-1] == len(kept) else []
