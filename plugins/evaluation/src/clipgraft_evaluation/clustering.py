@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from pydantic import Field
 from scipy.optimize import linear_sum_assignment
-from scipy.special import xlogy
-from scipy.stats import poisson
+from scipy.special import gammaln, xlogy
 from torch import Tensor
 
 from clipgraft.config.schema import Config
@@ -117,12 +116,13 @@ def _lost(counts: Tensor) -> float:
     lost = 0.0
     for k, many in zip(known.tolist(), times.tolist(), strict=True):
         n = np.arange(int(k + 12 * k**0.5 + 12))
-        lost += many * (0.5 if k > 1000 else float(poisson.pmf(n, k) @ xlogy(n, n) - xlogy(k, k)))
+        chance = np.exp(n * np.log(k) - k - gammaln(n + 1))
+        lost += many * (0.5 if k > 1000 else float(chance @ xlogy(n, n) - xlogy(k, k)))
     return lost
 
 
 def _accuracy(table: Tensor, rows: Tensor, columns: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """Table and sums as in ``_nmi``, place (E,) of each entry -> (b,): the best share that a one-to-one assignment has right."""
+    """Table and sums as in ``_nmi``, place (E,) of each entry -> (b,): what the best assignment has right."""
     best = []
     for counts in table:
         dense = np.zeros((rows.shape[1], columns.shape[1]))
