@@ -182,7 +182,7 @@ def test_ids_are_read_from_metadata_tensor_or_file_beside(tmp_path: Path) -> Non
     embedding_file(path, rows, ["a", "ü"])
     assert read_embeddings(path)[0] == ["a", "ü"]
     text = torch.tensor(list(json.dumps(["b", "ü"]).encode()), dtype=torch.uint8)
-    save_file({"embeddings": rows, "ids": text}, path)
+    save_file({"embeddings": rows, "ids_json": text}, path)
     assert read_embeddings(path)[0] == ["b", "ü"]
     save_file({"embeddings": rows}, path)
     path.with_suffix(".json").write_text('{"ids": ["c", "d"]}')

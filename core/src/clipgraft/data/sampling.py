@@ -178,8 +178,8 @@ def _rows(source: Source, path: Path, *, missing: float) -> Tensor:
 def read_embeddings(path: Path) -> tuple[list[str], Tensor]:
     """Ids and (n, D) fp32 of a safetensors file with a tensor "embeddings".
 
-    The ids are a JSON list: in the file's metadata under "ids", as UTF-8 bytes in a tensor "ids", or in the file beside
-    it with the ending .json, alone or under "ids".
+    The ids are a JSON list: as UTF-8 bytes in a tensor "ids_json" (what ``clipgraft embed`` writes), in the metadata
+    under "ids", or in the file beside it with the ending .json, alone or under "ids".
     """
     from safetensors import SafetensorError, safe_open
 
@@ -189,7 +189,9 @@ def read_embeddings(path: Path) -> tuple[list[str], Tensor]:
             if "embeddings" not in names:
                 raise InputError(f"{path} holds no tensor 'embeddings'; write it with clipgraft embed")
             embeddings = file.get_tensor("embeddings").float()
-            text = bytes(file.get_tensor("ids").tolist()).decode() if "ids" in names else metadata.get("ids")
+            text = metadata.get("ids")
+            if "ids_json" in names:
+                text = file.get_tensor("ids_json").numpy().tobytes().decode()
         if text is None:
             text = path.with_suffix(".json").read_text("utf-8")
         ids = json.loads(text)
