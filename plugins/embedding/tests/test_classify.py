@@ -143,7 +143,7 @@ def test_bad_input_is_one_line(model: str, photos: Path, tmp_path: Path, capsys:
     assert "must hold {} once" in error(*two, "--templates", tmp_path / "bare.txt")
     assert "let its name end in" in error(*two, "--out", tmp_path / "a.txt")
     assert "no image found" in error(*two, images=tmp_path / "nothing")
-    assert "is no data reference" in error(*two, images=Path("nowhere:"))
+    assert "unknown dataset 'nowhere'" in error(*two, images=Path("nowhere:"))
     out = tmp_path / "a.csv"
     assert "no image that can be read" in error(*two, "--out", out, images=tmp_path / "broken.jpg")
     assert not out.exists() and not list(tmp_path.glob(".*")), "nothing half-written is left"

@@ -249,7 +249,7 @@ def test_ranks_share_the_parts_and_fail_together(encoder: Encoder, model: str, p
         found = embed(load(model).eval(), source, out=one, **options)  # type: ignore[arg-type]
     finally:
         torch.set_num_threads(before)
-    assert found.encoded == 18, "rank 1 had three parts of six"
+    assert found.encoded == 18, "rank 1 had three parts of seven"
     assert one.read_bytes() == two.read_bytes()
     expected = EncoderFeatures(encoder).images(source)
     torch.testing.assert_close(Embeddings.open(two).embeddings, expected, rtol=0, atol=1e-6)

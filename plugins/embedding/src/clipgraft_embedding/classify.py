@@ -21,7 +21,7 @@ from clipgraft.errors import InputError
 from clipgraft.evaluation.features import EncoderFeatures
 from clipgraft.log import RunLog
 from clipgraft_embedding.stream import read, spans, usual_workers
-from clipgraft_embedding.tower import Precision, Tower
+from clipgraft_embedding.tower import Precision, Tower, usual_batch_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def classify(
     source: Source,
     *,
     top: int = 3,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     workers: int | None = None,
     precision: Precision = "fp32",
     bad: list[str] | None = None,
@@ -76,6 +76,7 @@ def classify(
     encoder, top = classifier.encoder, min(top, len(classifier.labels))
     tower, bad = Tower(encoder, precision=precision), bad if bad is not None else []
     workers = usual_workers(source, "images") if workers is None else workers
+    batch_size = usual_batch_size(encoder) if batch_size is None else batch_size
     todo = [span for part in spans(len(source), shard_size=batch_size, batch_size=batch_size) for span in part]
     log = log or RunLog(is_main=False)
     with log.progress(f"classifying {source.name}", len(source)) as bar:

@@ -30,7 +30,7 @@ def classify(
     ] = "plain",
     top: Annotated[int, typer.Option(min=1, help="Labels per image.")] = 3,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Ends in .csv, .jsonl or .parquet.")] = None,
-    batch_size: BatchOption = 64,
+    batch_size: BatchOption = None,
     workers: WorkersOption = None,
     precision: PrecisionOption = PrecisionName.fp32,
     json: JsonFlag = False,
@@ -48,6 +48,7 @@ def classify(
         from clipgraft_embedding.classify import classify as run
         from clipgraft_embedding.precision import settle
         from clipgraft_embedding.processes import on_device
+        from clipgraft_embedding.tower import usual_batch_size
         from clipgraft_embedding.verdict_file import verdict_file
 
         names = [name.strip() for name in labels.split(",") if name.strip()] if labels is not None else []
@@ -57,7 +58,8 @@ def classify(
         write: Any = stack.enter_context(verdict_file(out, top=top)) if out else None
         encoder = on_device(model, registry=current())
         classifier, source = Classifier(encoder, names, prompts), open_images(images)
-        chosen = settle(encoder, source, kind="images", asked=precision.value, most=batch_size, log=log)
+        size = batch_size or usual_batch_size(encoder)
+        chosen = settle(encoder, source, kind="images", asked=precision.value, most=size, log=log)
         bad: list[str] = []
         verdicts, count = [], 0
         shown = write is None and not json
@@ -65,7 +67,7 @@ def classify(
             classifier,
             source,
             top=top,
-            batch_size=batch_size,
+            batch_size=size,
             workers=workers,
             precision=chosen.precision,
             bad=bad,

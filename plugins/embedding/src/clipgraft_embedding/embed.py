@@ -19,7 +19,7 @@ from clipgraft_embedding.parts import Dtype, PartRows, Parts, Plan
 from clipgraft_embedding.precision import settle
 from clipgraft_embedding.store import About, Embeddings, check_suffix, join
 from clipgraft_embedding.stream import Span, read, spans, usual_workers
-from clipgraft_embedding.tower import Kind, Precision, Tower, tower_sha256
+from clipgraft_embedding.tower import Kind, Precision, Tower, tower_sha256, usual_batch_size
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ def embed(
     out: str | Path,
     kind: Kind = "images",
     model: str = "",
-    batch_size: int = 64,
+    batch_size: int | None = None,
     workers: int | None = None,
     precision: Literal["auto", "fp32", "bf16"] = "fp32",
     dtype: Dtype = "fp32",
@@ -68,6 +68,7 @@ def embed(
     left out and counted.
     """
     out, start = Path(out), time.monotonic()
+    batch_size = usual_batch_size(encoder) if batch_size is None else batch_size
     check_suffix(out)
     if batch_size < 1 or shard_size < 1:
         raise InputError("batch_size and shard_size are at least 1")

@@ -31,7 +31,9 @@ class DtypeName(StrEnum):
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Registered name, open_clip:ARCH[/TAG], hf:ORG/NAME or DIR.")
 ]
-BatchOption = Annotated[int, typer.Option(min=1, help="Images per forward pass.")]
+BatchOption = Annotated[
+    int | None, typer.Option(min=1, help="Images per forward pass; by default 32 on a CPU, 256 on a GPU.")
+]
 WorkersOption = Annotated[
     int | None, typer.Option(min=0, help="Decoding processes; by default one per core for more than 256 files.")
 ]
@@ -45,7 +47,7 @@ def embed(
     data: Annotated[str, typer.Option(metavar="SRC", help="folder:DIR, csv:FILE or a registered dataset.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="Ends in .safetensors or .parquet.")],
     texts: Annotated[bool, typer.Option("--texts", help="Embed the captions instead of the images.")] = False,
-    batch_size: BatchOption = 64,
+    batch_size: BatchOption = None,
     workers: WorkersOption = None,
     precision: PrecisionOption = PrecisionName.fp32,
     dtype: Annotated[DtypeName, typer.Option(help="Numbers in the file.")] = DtypeName.fp32,

@@ -21,7 +21,7 @@ FASTER = 1.15
 """``auto`` takes bf16 from this measured ratio on: below it the gain isn't worth the rounding."""
 CLOSE = 1e-3
 """``auto`` takes bf16 up to this largest 1 - cosine to fp32."""
-PROBE = 16
+PROBE = 8
 """Inputs that are compared, at most."""
 
 
@@ -67,7 +67,7 @@ def choose(encoder: Encoder, kind: Kind, asked: str, probe: Tensor | Sequence[st
             raise ClipgraftError("this model has no usable embeddings in bf16 (not finite, or opposite); use fp32")
         return Choice("bf16", error, len(probe), f"bf16; {parity}")
     seconds = {"fp32": float("inf"), "bf16": float("inf")}
-    for _ in range(3):
+    for _ in range(2):
         for tower in (full, half):
             start = time.perf_counter()
             tower(inputs)

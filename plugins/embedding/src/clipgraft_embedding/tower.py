@@ -105,6 +105,11 @@ def _pools_class_token(module: nn.Module) -> bool:
     )
 
 
+def usual_batch_size(encoder: Encoder) -> int:
+    """32 on a CPU, whose caches larger activations leave; 256 on a GPU."""
+    return 32 if next(encoder.image.parameters()).device.type == "cpu" else 256
+
+
 def tower_sha256(encoder: Encoder, kind: Kind) -> str:
     """Digest of the names, shapes, types and values of a tower's tensors, and of the encoder's grafts."""
     module = encoder.image if kind == "images" else encoder.text
