@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 Verdict = Literal["better", "worse", "cannot tell", "not testable"]
 UNTESTABLE: Verdict = "not testable"
 
+MOST_DRAWS = 20_000
+"""Of one comparison, whose smallest bootstrap p-value is then 0.0001 before its adjustment."""
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -63,14 +66,14 @@ def compare(
     """A row per metric that both have, evaluators joined by name and samples by id; p-values adjusted over the table.
 
     Values are of the shared samples where the two differ. A statistic that one side lacks, because it was read from
-    disk, is the other's. Tables of many rows draw more often, so that the adjustment (Holm 1979) can't by itself keep
-    a bootstrap below ``alpha`` out of reach. ``InputError`` when an evaluator's two results share no sample.
+    disk, is the other's. Tables of many rows draw more often, up to ``MOST_DRAWS``, so that the adjustment (Holm 1979)
+    can't by itself keep a bootstrap below ``alpha`` out of reach. ``InputError`` when two results share no sample.
     """
     if not 0 < alpha < 1:
         raise InputError(f"alpha is {alpha}; give a share between 0 and 1, such as 0.05")
     both = {name: (a[name], b[name]) for name in a if name in b}
     tests = sum(len(_statistics(one, two)) for one, two in both.values())
-    draws = max(DRAWS, math.ceil(4 * tests / alpha))
+    draws = max(DRAWS, min(MOST_DRAWS, math.ceil(4 * tests / alpha)))
     rows: list[Row] = []
     with log.progress("comparing", len(both)) if log else nullcontext() as bar:
         for name, (one, two) in both.items():
