@@ -14,14 +14,12 @@ from torch.nn import functional as F
 from clipgraft.encoders.base import ImageEncoder, Preprocess
 from clipgraft.errors import InputError
 from clipgraft.types import FeatureRequest, ImageFeatures
-from clipgraft_diffusion.opening import open_part, part_problem
 from clipgraft_diffusion.pretrained import Pretrained
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 TOKENS = FeatureRequest(tokens=True)
-OTHERWISE = "set latent.kind to tokens, which needs none"
 
 
 def pack(latent: Tensor) -> Tensor:
@@ -78,17 +76,12 @@ VAE = Pretrained("AutoencoderKL", "latent.vae", "autoencoder", "set latent.kind 
 
 def vae_problem(name: str, subfolder: str | None) -> str | None:
     """Why this autoencoder can't be opened, as far as can be seen without the network; None when nothing speaks so."""
-    return part_problem(name, subfolder, setting="latent.vae", what="autoencoder", otherwise=OTHERWISE)
+    return VAE.problem(name, subfolder)
 
 
 def open_vae(name: str, subfolder: str | None) -> Any:
     """diffusers' ``AutoencoderKL`` from a local directory or a Hugging Face id, safetensors only."""
-    import diffusers
-
-    if problem := vae_problem(name, subfolder):
-        raise InputError(problem)
-    opener: Any = diffusers.AutoencoderKL
-    return open_part(opener, name, subfolder, setting="latent.vae", otherwise=OTHERWISE, use_safetensors=True)
+    return VAE.open(name, subfolder)
 
 
 class Standardise(nn.Module):
