@@ -390,10 +390,13 @@ FEW = "--set generator.train.steps=4 --set clip.train.steps=2"
 """What makes a run of GenHancer short."""
 
 
+HOW_TO = ("post-train-on-photos", "evaluate", "compare", "data", "embed-and-search", "open-clip")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "page",
-    by_page([TUTORIAL, *(DOCS / "how-to" / f"{n}.md" for n in ("post-train-on-photos", "evaluate", "open-clip"))]),
+    by_page([TUTORIAL, *(DOCS / "how-to" / f"{n}.md" for n in HOW_TO)]),
 )
 def test_the_pages_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every block in order, with the photographs of the tutorial and fewer steps; installing and the demo left out."""
