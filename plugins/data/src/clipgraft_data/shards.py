@@ -200,7 +200,8 @@ def shard_paths(path: str, *, name: str) -> list[Path]:
     except Exception as error:  # braceexpand's own errors and webdataset's assertions
         raise InputError(f"{name}: {str(error) or type(error).__name__}; write {{000000..000009}}") from None
     if missing := next((p for p in found if not p.is_file()), None):
-        raise InputError(f"{name}: there is no {missing.name} ({len(found)} shards are named)")
+        several = f"; {len(found)} shards are named" if len(found) > 1 else ""
+        raise InputError(f"{name}: there is no {missing.name} in {missing.parent.name or '/'}{several}")
     if len(set(found)) < len(found):
         raise InputError(f"{name}: names a shard twice; name each once")
     return found
