@@ -1,0 +1,49 @@
+"""One fixed crop per image at a generator's resolution, from which CLIP's smaller input is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from clipgraft.data.base import Sample, Source
+from clipgraft.data.sampling import seeded
+from clipgraft.data.transforms import evaluation_transform, training_transform
+from clipgraft.encoders.base import Preprocess
+
+CROP = "crop"
+"""Name of the crop in ``Sample.extra`` and ``Batch.extra``."""
+
+
+class Crops:
+    """``source`` with every image cropped to ``size`` x ``size`` pixels, and the crop in ``extra`` besides.
+
+    The loader makes CLIP's input from the crop with the evaluation transform, so both see the same part. ``area`` is
+    the range of the crop's share, None crops the centre. Deviation: an image keeps its crop in every epoch, so that
+    latents can be remembered; the paper's budget is less than one epoch of its data. The official code shrinks the
+    crop bilinearly after normalising it, the evaluation transform with the filter of the backbone before.
+    """
+
+    def __init__(self, source: Source, *, size: int, area: tuple[float, float] | None, seed: int) -> None:
+        self.source, self.seed = source, seed
+        shape = Preprocess(size=(size, size), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+        self._whole = evaluation_transform(shape)
+        self._part = training_transform(shape, area) if area else None
+        self.name = source.name
+        self.fingerprint = f"{source.fingerprint}[crops {size} {area} {seed}]"
+        self.classes: Sequence[str] = source.classes
+        self.templates: Sequence[str] = source.templates
+        self.attributes: Mapping[str, Sequence[str]] = source.attributes
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.source[index]
+        if self._part is None:
+            pixels = self._whole(sample.image)
+        else:
+            pixels = self._part(sample.image, seeded(self.seed, 0, index))
+        crop: Tensor = pixels.mul(255).round().byte()
+        return replace(sample, image=crop, extra={**sample.extra, CROP: crop})

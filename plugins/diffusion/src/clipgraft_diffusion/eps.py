@@ -1,0 +1,91 @@
+"""The eps objective: clean latent, noise and a step of a DDPM schedule in, error of the named noise out."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Beta = Literal["scaled_linear", "linear"]
+Error = Literal["noise", "sample"]
+
+
+class EpsDenoiser(Protocol):
+    """A frozen generative model as the objective sees it. ``width`` is that of its condition."""
+
+    width: int
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W') in [0, 1] -> clean latents (B, ...), fp32, without gradient."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """Noisy latents (B, ...), steps (B,) int64, condition (B, L, width) -> the noise (B, ...) in fp32."""
+
+
+class NoiseSchedule(nn.Module):
+    """Cumulative alphas (T,) of diffusers' ``DDPMScheduler``; the defaults are Stable Diffusion's.
+
+    The official code builds an Euler scheduler and takes its alphas, which are the same; Euler's own ``add_noise``
+    works in another space and would be wrong here.
+    """
+
+    alphas: Tensor
+
+    def __init__(
+        self, *, beta: Beta = "scaled_linear", start: float = 0.00085, end: float = 0.012, steps: int = 1000
+    ) -> None:
+        super().__init__()
+        from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+        ddpm = DDPMScheduler(num_train_timesteps=steps, beta_start=start, beta_end=end, beta_schedule=beta)
+        self.register_buffer("alphas", ddpm.alphas_cumprod.float(), persistent=False)
+
+    def __len__(self) -> int:
+        return len(self.alphas)
+
+    def levels(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Steps (B,) -> signal and noise shares sqrt(ab_t), sqrt(1 - ab_t), shaped to multiply ``like`` (B, ...)."""
+        share = self.alphas[t].view(-1, *[1] * (like.ndim - 1))
+        return share.sqrt(), (1 - share).sqrt()
+
+    def mix(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Clean latents, noise (B, ...) and steps (B,) -> x_t."""
+        signal, rest = self.levels(t, x0)
+        return signal * x0 + rest * noise
+
+
+class EpsObjective(nn.Module):
+    """Mean squared error of the noise that ``denoiser`` names, per sample; steps uniform in [low, high).
+
+    Deviation: ``error="sample"`` states the same error in the clean latent, (1 - ab_t) / ab_t times as large, so that
+    all noise levels weigh alike; a miniature trains near pure noise, where the error of the noise hardly moves.
+    """
+
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        denoiser: EpsDenoiser,
+        *,
+        low: int = 0,
+        high: int | None = None,
+        error: Error = "noise",
+    ) -> None:
+        super().__init__()
+        self.schedule: NoiseSchedule = schedule
+        self.denoiser: EpsDenoiser = denoiser
+        self.low, self.high, self.error = low, len(schedule) if high is None else high, error
+
+    def draw(self, x0: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Steps (B,) first, then the noise (B, ...): the official order."""
+        t = torch.randint(self.low, self.high, (len(x0),), device=x0.device, generator=generator)
+        return t, torch.randn(x0.shape, device=x0.device, generator=generator)
+
+    def forward(self, x0: Tensor, condition: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Clean latents (B, ...), condition (B, L, width), steps (B,), noise (B, ...) -> losses (B,)."""
+        predicted = self.denoiser(self.schedule.mix(x0, noise, t), t, condition)
+        losses = (predicted.float() - noise).square().flatten(1).mean(1)
+        if self.error == "noise":
+            return losses
+        share = self.schedule.alphas[t]
+        return losses * (1 - share) / share
