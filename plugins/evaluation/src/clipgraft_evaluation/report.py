@@ -15,7 +15,8 @@ from markupsafe import Markup
 from clipgraft import files
 from clipgraft.errors import ClipgraftError
 from clipgraft_evaluation.figures import curve, inline, panels
-from clipgraft_evaluation.pairs import Card, Change, cards, change
+from clipgraft_evaluation.measured import Group, groups, kept, tests, verdicts
+from clipgraft_evaluation.pairs import Card, Change, cards
 from clipgraft_evaluation.patches import PatchPictures, patch_pictures
 from clipgraft_evaluation.rundir import RunRecord, StageLog, read_run
 
@@ -25,56 +26,34 @@ GAINED, LOST, PATCH_IMAGES, LISTED_FILES = 12, 4, 6, 80
 """How many pairs of each kind, images and files the page shows."""
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One metric; None where it was not measured."""
-
-    metric: str
-    before: float | None
-    after: float | None
-
-    @property
-    def difference(self) -> float | None:
-        """After minus before."""
-        return None if self.before is None or self.after is None else self.after - self.before
-
-    @property
-    def is_share(self) -> bool:
-        """Whether both lie in [0, 1], so that they can be drawn on one scale."""
-        return all(v is not None and 0 <= v <= 1 for v in (self.before, self.after))
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """An evaluator's metrics, the data it measured on, and how single samples changed when it kept them."""
-
-    evaluator: str
-    data: str | None
-    rows: tuple[Row, ...]
-    change: Change | None
-
-
 def write_report(run_dir: Path | str, out: Path | str | None = None) -> Path:
     """Write the report of ``run_dir`` to ``out`` (default: report.html in it) and return its path."""
     run = read_run(Path(run_dir))
     path = run.path / "report.html" if out is None else Path(out)
     missing: list[tuple[str, str]] = []
-    groups = _groups(run)
-    gallery = _try(lambda: _gallery(run, groups), "Minimal pairs", missing)
+    tested = _try(lambda: tests(run), "Paired tests", missing) or {}
+    measured = groups(run, tested)
+    costs = kept(run)
+    gallery = _try(lambda: _gallery(run, measured), "Minimal pairs", missing)
     patches = _try(lambda: _patches(run), "Patch features", missing)
-    if not groups:
+    if why := _not_kept(run):
+        missing.append(("What was kept", why))
+    if not measured:
         missing.append(("Measurements", "this run evaluated nothing (evaluate.on is empty)"))
     if not any(stage.rows for stage in run.stages):
         missing.append(("Training", "no stage wrote metrics"))
     environment = Environment(loader=PackageLoader("clipgraft_evaluation", "page"), autoescape=True,
                               undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
-    environment.filters |= {"number": number, "signed": signed, "size": size}
+    environment.filters |= {"number": number, "signed": signed, "size": size, "span": span}
     style = resources.files("clipgraft_evaluation").joinpath("page/report.css").read_text("utf-8")
     page = environment.get_template("report.html").render(
         run=run,
         style=Markup(style),
-        groups=groups,
-        tiles=[(group.evaluator, row) for group in groups for row in group.rows[:1]],
+        groups=measured,
+        number_tested=len(tested),
+        kept=costs,
+        verdicts=verdicts(costs),
+        tiles=[(group.evaluator, row) for group in measured for row in group.rows[:1]],
         stages=list(_stages(run.stages)),
         gallery=gallery,
         patches=patches,
@@ -100,6 +79,12 @@ def signed(value: float | None) -> str:
     return "–" if value is None else f"{'+' if value >= 0 else '−'}{number(abs(value))}"
 
 
+def span(ends: tuple[float, float] | None, *, sign: bool = False) -> str:
+    """An interval in brackets; empty for nothing."""
+    show = signed if sign else number
+    return "" if ends is None or any(map(math.isnan, ends)) else f"[{show(ends[0])}, {show(ends[1])}]"
+
+
 def size(count: int) -> str:
     """Bytes for people."""
     power = min(int(math.log(count, 1024)), 3) if count else 0
@@ -116,15 +101,11 @@ def _try(make: Callable[[], T | None], title: str, missing: list[tuple[str, str]
         return None
 
 
-def _groups(run: RunRecord) -> list[Group]:
-    """Evaluators in the order of the run, with their metrics in the order that they reported."""
-    groups = []
-    for name in dict.fromkeys([*run.before, *run.after]):
-        then, now = run.before.get(name, {}), run.after.get(name, {})
-        rows = tuple(Row(metric, then.get(metric), now.get(metric)) for metric in dict.fromkeys([*then, *now]))
-        seen = change(run.samples("before", name), run.samples("after", name))
-        groups.append(Group(name, run.data_of(name), rows, seen))
-    return groups
+def _not_kept(run: RunRecord) -> str:
+    """Why the page doesn't say what the training cost, when it was to be measured."""
+    if "left_out" in run.retention:
+        return f"forgetting was not measured: {run.retention['left_out']} (evaluate.retention)"
+    return "" if run.kept or not run.retention else "what could be forgotten was not measured after the training"
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from clipgraft import retention
 from clipgraft.config.load import parse_yaml
 from clipgraft.errors import InputError
+from clipgraft.evaluation import records
+from clipgraft.evaluation.base import Evaluation
+from clipgraft.evaluation.comparison import Row
 from clipgraft.evaluation.records import file_stem, read_rows
 
 Record = Mapping[str, Any]
@@ -39,6 +43,9 @@ class RunRecord:
     stages: tuple[StageLog, ...]
     export: Record | None
     """clipgraft.json of the export, None when the run wrote none."""
+    kept: tuple[Row, ...] = ()
+    """What the training should not cost, compared before and after; with ``retention``, how it was measured."""
+    retention: Record = field(default_factory=dict)
 
     @property
     def base(self) -> str:
@@ -54,6 +61,23 @@ class RunRecord:
         """Per-sample records of one evaluator "before" or "after"; empty when it kept none."""
         path = self.path / "evaluation" / when / f"{file_stem(evaluator)}.parquet"
         return tuple(read_rows(path)) if path.is_file() else ()
+
+    def results(self, when: str) -> dict[str, Evaluation]:
+        """The evaluations of ``evaluation/<when>`` with the metrics of evaluations.json, which may tell of more."""
+        folder = self.path / "evaluation" / when
+        saved = records.read(folder) if (folder / records.SUMMARY).is_file() else {}
+        told = {"before": self.before, "after": self.after}.get(when)
+        if told is None:
+            return saved
+        return {name: replace(saved.get(name, Evaluation({})), metrics=dict(m)) for name, m in told.items()}
+
+    def kept_data(self, evaluator: str) -> str | None:
+        """The data reference on which an evaluator measured what should not be forgotten."""
+        name, _, data = evaluator.partition("@")
+        nodes = [
+            node for node in self.retention.get("evaluators", ()) if node["use"].split("/")[-1] == name.split("/")[-1]
+        ]
+        return data or next((node["data"] for node in nodes if node.get("data")), None)
 
     def data_of(self, evaluator: str) -> str | None:
         """The data reference that an evaluator measured on."""
@@ -88,6 +112,8 @@ def read_run(path: Path) -> RunRecord:
         after=evaluations.get("after", {}),
         stages=tuple(StageLog(log.parent.name, read_lines(log)) for log in logs),
         export=_json(path / "export" / "clipgraft.json"),
+        kept=tuple(retention.read(path)),
+        retention=_json(path / retention.STATE) or {},
     )
 
 
