@@ -195,10 +195,11 @@ def _fill(
     """Make the parts of ``todo``, in order."""
     tower, started, total = Tower(encoder, plan.kind, plan.precision), time.monotonic(), len(source)
     mine = sum(span.stop - span.start for span in todo)
-    share = f" ({mine} of {total} in this process)" if mine < total else ""
+    alone = world_size() == 1
+    title = f"embedding {source.name}" + ("" if alone else f" ({mine} of {total} in this process)")
     part, done, made, unreadable, first = PartRows(), 0, 0, 0, list[str]()
     try:
-        with log.progress(f"embedding {source.name}{share}", mine) as bar:
+        with log.progress(title, total if alone else mine, done=total - mine if alone else 0) as bar:
             for rows in read(source, todo, kind=plan.kind, preprocess=encoder.preprocess, workers=workers):
                 span = rows.span
                 part.ids += rows.ids
