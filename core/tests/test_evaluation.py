@@ -173,7 +173,7 @@ def test_texts_are_trimmed_exactly_and_equal_texts_are_equal() -> None:
     found = EncoderFeatures(encoder, batch_size=2).texts(texts)
     assert torch.allclose(found, full, atol=1e-6)
     assert torch.equal(found[0], found[2])
-    assert lengths[-1] < encoder.text.context_length and len(lengths) == 2
+    assert lengths == sorted(set(lengths)) and len(lengths) == 3 and lengths[-1] < encoder.text.context_length
     assert torch.allclose(EncoderFeatures(encoder, batch_size=1).texts(texts), full, atol=1e-6)
 
 
@@ -240,7 +240,7 @@ def test_modes_gradients_and_random_state_are_as_before() -> None:
     )
     features, source = EncoderFeatures(encoder), labelled(6)
     found = ZeroShot()(features, source)
-    assert seen == [(False, False, False)]
+    assert seen and set(seen) == {(False, False, False)}
     assert not features.images(source).requires_grad and found.metrics
     assert [module.training for module in encoder.modules()] == modes
     assert torch.equal(torch.get_rng_state(), before)

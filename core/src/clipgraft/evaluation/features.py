@@ -185,11 +185,10 @@ class EncoderFeatures:
         return Pass(torch.cat(pooled) if pooled else None, torch.cat(patches) if patches else None, items, bad)
 
     def _encode(self, ids: Tensor, bar: LateBar) -> Tensor:
-        """(n, L) ids -> (n, D) of length one, in chunks of similar length, each trimmed to its longest text."""
+        """(n, L) ids -> (n, D) of length one, in chunks of equal length where texts can be trimmed to it."""
         text = self.encoder.text
         assert text is not None  # the tokenizer has refused otherwise
-        lengths = ids.shape[1] - (ids != ids[:, -1:]).flip(1).int().argmax(1)  # a guess that only sorts
-        chunks = torch.split(lengths.argsort(stable=True), self.batch_size)
+        chunks = _chunks(ids, self.batch_size, by_length=text.trim_exact)
         world = world_size()
 
         def share() -> Tensor | None:
@@ -270,6 +269,17 @@ class EncoderFeatures:
         finally:
             for module, mode in modes.items():
                 module.training = mode
+
+
+def _chunks(ids: Tensor, size: int, *, by_length: bool) -> list[Tensor]:
+    """(n, L) ids -> their places in chunks of ``size`` at most, which hold one number of ids before the padding."""
+    if not by_length:
+        return list(torch.split(torch.arange(len(ids)), size))
+    lengths = ids.shape[1] - (ids != ids[:, -1:]).flip(1).int().argmax(1)
+    order = lengths.argsort(stable=True)
+    counts = lengths.bincount()
+    groups = torch.split(order, counts[counts > 0].tolist())
+    return [chunk for group in groups for chunk in torch.split(group, size)]
 
 
 def _merged(part: Pass) -> Pass:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -78,7 +79,8 @@ def _ranks(
     rows = torch.arange(len(own)) if rows is None else rows
     each = torch.ones(len(gallery), dtype=torch.long) if each is None else each
     kept, place = _distinct(gallery)  # equal rows have equal scores, to the last bit
-    gallery, each = gallery[kept], torch.zeros(len(kept), dtype=torch.long).index_add_(0, place, each)
+    gallery = gallery if len(kept) == len(gallery) else gallery[kept]
+    each = torch.zeros(len(kept), dtype=torch.long).index_add_(0, place, each)
     several, found = (each != 1).nonzero().flatten(), []
     for start in range(0, len(own), step := max(1, CHUNK // len(gallery))):
         right = [place[list(columns)] for columns in own[start : start + step]]
@@ -99,6 +101,6 @@ def _distinct(x: Tensor) -> tuple[Tensor, Tensor]:
     first: dict[bytes, int] = {}
     kept, place = list[int](), list[int]()
     for k, row in enumerate(x.contiguous().numpy()):
-        place.append(first.setdefault(row.tobytes(), len(first)))
+        place.append(first.setdefault(hashlib.blake2b(row.tobytes(), digest_size=16).digest(), len(first)))
         kept += [k] if place[-1] == len(kept) else []
     return torch.tensor(kept), torch.tensor(place)
