@@ -6,7 +6,7 @@ of ``width`` d_q on a ``grid`` (h, w), L = h*w, and the table ``vectors`` (K, d_
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -18,7 +18,7 @@ from clipgraft.types import ImageFeatures
 from clipgraft_diffusion.latent import TOKENS, Standardise, TokenLatent
 from clipgraft_diffusion.pretrained import Pretrained
 
-VQ = Pretrained("VQModel", "codes.vq", "VQ model", "set codes.kind to tokens", "vqvae")
+VQ = Pretrained("VQModel", "codes.vq", "VQ model", "set codes.kind to tokens")
 
 
 class Codes(Protocol):
@@ -39,6 +39,11 @@ class Codes(Protocol):
 def embed(codes: Codes, indices: Tensor) -> Tensor:
     """Indices (B, L) -> their embeddings (B, L, d_q)."""
     return codes.vectors[indices]
+
+
+def vq_factor(channels: Sequence[int]) -> int:
+    """Pixels that one code covers per side: every block of the encoder but the last halves the image."""
+    return 1 << (len(channels) - 1)
 
 
 def code_grid(size: tuple[int, int], *, factor: int) -> tuple[int, int]:
@@ -63,7 +68,7 @@ class VqCodes(nn.Module):
     def __init__(self, vq: Any, *, size: tuple[int, int], pixels: Literal["symmetric", "unit"] = "symmetric") -> None:
         super().__init__()
         self.vq: Any = vq.requires_grad_(False).eval()
-        self.grid = code_grid(size, factor=2 ** (len(vq.config.block_out_channels) - 1))
+        self.grid = code_grid(size, factor=vq_factor(vq.config.block_out_channels))
         self.size, self.width = (int(n) for n in vq.quantize.embedding.weight.shape)
         self.pixels = pixels
 

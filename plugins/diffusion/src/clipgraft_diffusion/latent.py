@@ -71,7 +71,7 @@ class VaeLatent(nn.Module):
         return None
 
 
-VAE = Pretrained("AutoencoderKL", "latent.vae", "autoencoder", "set latent.kind to tokens", "vae")
+VAE = Pretrained("AutoencoderKL", "latent.vae", "autoencoder", "set latent.kind to tokens")
 
 
 def vae_problem(name: str, subfolder: str | None) -> str | None:

@@ -23,7 +23,16 @@ def clipgraft_recipes() -> list[Component]:
             needs=("diffusers>=0.36",),
             paper=GENHANCER,
             presets="clipgraft_diffusion.recipes",
-        )
+        ),
+        Component(
+            name="genhancer-discrete",
+            target="clipgraft_diffusion.genhancer.discrete:genhancer_discrete",
+            config="clipgraft_diffusion.genhancer.discrete_config:DiscreteConfig",
+            summary="GenHancer with masked codes in place of a flow: our reading, its code was never released",
+            needs=("diffusers>=0.36",),
+            paper=GENHANCER,
+            presets="clipgraft_diffusion.discrete_recipes",
+        ),
     ]
 
 
@@ -56,6 +65,13 @@ def clipgraft_claims() -> list[Component]:
             name="genhancer-pairs",
             target="clipgraft_diffusion.genhancer.claims:PAIRS",
             summary="Minimal pairs are told apart better by the untouched text tower",
+            needs=("clipgraft-toyworld",),
+            paper=GENHANCER,
+        ),
+        Component(
+            name="genhancer-discrete",
+            target="clipgraft_diffusion.genhancer.claims:DISCRETE",
+            summary="Minimal pairs are told apart better after the feedback of a predictor of masked codes",
             needs=("clipgraft-toyworld",),
             paper=GENHANCER,
         ),

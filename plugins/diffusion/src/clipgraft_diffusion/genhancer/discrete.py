@@ -9,7 +9,7 @@ from __future__ import annotations
 from clipgraft.data.base import Source
 from clipgraft.encoders.base import Encoder
 from clipgraft.runner import Run
-from clipgraft_diffusion.codes import VQ, TokenCodes, VqCodes
+from clipgraft_diffusion.codes import VQ, TokenCodes, VqCodes, code_grid, vq_factor
 from clipgraft_diffusion.condition import projector
 from clipgraft_diffusion.genhancer.discrete_config import DiscreteConfig
 from clipgraft_diffusion.genhancer.parts import StageName, raw_tokens, said, teacher
@@ -42,7 +42,11 @@ class Discrete:
         """The VQ model, or the teacher and its pooled grid."""
         c = self.config.codes
         if c.kind == "vq":
-            return [problem for problem in [VQ.problem(c.vq, c.subfolder)] if problem]
+            if problem := VQ.problem(c.vq, c.subfolder):
+                return [problem]
+            channels = (VQ.settings(c.vq, c.subfolder) or {}).get("block_out_channels")
+            size = run.encoder.preprocess.size
+            return said(lambda: code_grid(size, factor=vq_factor(channels))) if channels else []
         return said(lambda: self._token_grid(self._teacher(run, run.encoder)))
 
     def latent(self, run: Run, base: Encoder) -> VqCodes | TokenCodes:
