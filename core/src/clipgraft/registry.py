@@ -40,7 +40,7 @@ LATER_COMMANDS = ("new",)
 KNOWN_PLUGINS = {
     "anomaly": "anomalyclip genclip winclip clipn",
     "diffusion": "diva genhancer un2clip sds-clip",
-    "data": "wds hf table mix",
+    "data": "wds hf table karpathy coco mix",
     "embedding": "",
     "evaluation": "mmvp aro sugarcrepe winoground knn clustering calibration out-of-distribution corruption geometry",
     "llm": "llm2clip long-clip tinyclip mobileclip",

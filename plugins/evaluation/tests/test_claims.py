@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import random
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,9 @@ import pytest
 from clipgraft.claims import Arm, Claim, Gain, Kept
 from clipgraft.cli import main
 from clipgraft.errors import ClipgraftError, InputError
+from clipgraft.evaluation import records
+from clipgraft.evaluation.base import Evaluation
+from clipgraft.evaluation.statistics import Share
 from clipgraft.registry import PluginInfo, Registry, use
 from clipgraft_evaluation.claim_command import identity as command_identity
 from clipgraft_evaluation.claim_command import run_in_subprocess
@@ -202,6 +206,7 @@ def test_ctrl_c_begins_no_further_arm(tmp_path: Path) -> None:
 
     def interrupted(job: Job) -> None:
         ran.append(job.seed)
+        time.sleep(0.1)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -400,9 +405,13 @@ def test_the_demo_measures_runs_and_reports(
     def run_recipe(recipe: str, *, out: Path, overrides: list[str]) -> SimpleNamespace:
         assert (recipe, overrides) == ("diffusion/genhancer:tiny", ["threads=1"])
         out.mkdir()
-        measured = {"before": {"core/pairs": {"mean": 0.2}}, "after": {"core/pairs": {"mean": 0.3, "skipped": 1.0}}}
-        (out / "evaluations.json").write_text(json.dumps(measured))
-        return SimpleNamespace(run=out, export=out / "export")
+        measured = {"before": {"mean": 0.2}, "after": {"mean": 0.3, "skipped": 1.0}}
+        (out / "evaluations.json").write_text(json.dumps({w: {"core/pairs": m} for w, m in measured.items()}))
+        for when, right in (("before", 2), ("after", 3)):
+            samples = tuple({"id": str(k), "correct": k < right} for k in range(10))
+            found = Evaluation(measured[when], samples=samples, statistics={"mean": Share("correct")})
+            records.save(out / "evaluation" / when, {"core/pairs": found})
+        return SimpleNamespace(run=out, export=out / "export", forgetting={})
 
     monkeypatch.setattr("clipgraft_evaluation.report.write_report", lambda run: run / "report.html")
     monkeypatch.setattr("clipgraft.execution.run_recipe", run_recipe)
@@ -417,7 +426,8 @@ def test_the_demo_measures_runs_and_reports(
         assert ended.value.code == 0
         streams.append(capsys.readouterr().out)
     found = json.loads(streams[0])
-    assert list(found) == ["before", "after", "export", "report", "seconds"] and found["seconds"] >= 0
+    assert list(found) == ["before", "after", "forgetting", "export", "report", "seconds"] and found["seconds"] >= 0
     assert found["before"] == {"core/pairs.mean": 0.2} and found["after"]["core/pairs.mean"] == 0.3
     assert found["export"] == str(tmp_path / "a" / "export") and found["report"] == str(tmp_path / "a" / "report.html")
-    assert "0.2000 │ 0.3000 │    +0.1000" in streams[1] and f"report  {tmp_path / 'b' / 'report.html'}" in streams[1]
+    assert all(word in streams[1] for word in ("0.2000", "0.3000", "+0.1000", "cannot tell"))
+    assert f"report  {tmp_path / 'b' / 'report.html'}" in streams[1]
