@@ -12,7 +12,8 @@ from clipgraft_diffusion.genhancer.recipe import GenHancer
 REGISTRY = Registry.discover(allow=["diffusion"])
 TRAIN = {"steps": 2, "batch_size": 4, "lr": 1e-3}
 BASE = {"model": {"from": "x"}, "data": {"from": "folder:y"}, "generator": {"train": TRAIN}, "clip": {"train": TRAIN}}
-PRESETS = sorted(p.name for p in resources.files("clipgraft_diffusion.recipes").iterdir() if p.name.endswith(".yaml"))
+FILES = [p.name for p in resources.files("clipgraft_diffusion.recipes").iterdir()]
+PRESETS = sorted(name for name in FILES if name.startswith("genhancer") and name.endswith(".yaml"))
 PAPER = [p for p in PRESETS if any(word in p for word in ("openai", "metaclip", "siglip"))]
 
 

@@ -36,7 +36,9 @@ def gradient(tower, loss):
 def test_d11_official_gradient_is_g1_plus_g2_over_the_accumulation(parts, accumulate):
     tower, losses, pairs = parts
     g1, g2 = gradient(tower, losses()[0]), gradient(tower, losses()[1])
-    loss = several_passes(pairs(2), weights=pass_weights(2, accumulate=accumulate, compat="official"), compat="official")
+    loss = several_passes(
+        pairs(2), weights=pass_weights(2, accumulate=accumulate, compat="official"), compat="official"
+    )
     found = gradient(tower, loss / accumulate)  # the trainer divides every micro-batch
     torch.testing.assert_close(found, g1 + g2 / accumulate)
     torch.testing.assert_close(loss.detach(), losses()[1].detach())  # what the official code logs

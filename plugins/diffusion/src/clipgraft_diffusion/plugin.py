@@ -16,6 +16,15 @@ def clipgraft_recipes() -> list[Component]:
     """Recipes."""
     return [
         Component(
+            name="diva",
+            target="clipgraft_diffusion.diva.recipe:Diva",
+            config="clipgraft_diffusion.diva.config:DivaConfig",
+            summary="A frozen generator must name the noise on images from CLIP's tokens: CLIP sees better",
+            needs=("diffusers>=0.36", "transformers>=4.56"),
+            paper=DIVA,
+            presets="clipgraft_diffusion.recipes",
+        ),
+        Component(
             name="genhancer",
             target="clipgraft_diffusion.genhancer.recipe:GenHancer",
             config="clipgraft_diffusion.genhancer.config:GenHancerConfig",

