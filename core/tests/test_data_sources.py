@@ -194,7 +194,7 @@ def test_rows_that_cannot_be_used_are_bad_samples(tmp_path: Path) -> None:
 
 
 def test_unknown_references_say_what_to_type(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"unknown dataset 'wds'.*(pip install clipgraft-data|Plugin data is disabled)"):
+    with pytest.raises(InputError, match=r"unknown dataset 'wds'.*(clipgraft-data|Plugin data is disabled)"):
         open_source("wds:shards.tar", registry=Registry.discover(allow=()))
     for wrong in (":x", "?a=1", ""):
         with pytest.raises(InputError, match=r"expected folder:DIR, csv:FILE or a registered dataset"):
