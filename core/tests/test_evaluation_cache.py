@@ -172,8 +172,8 @@ def test_features_follow_from_weights_structure_preprocess_and_data(folder: Path
     def ran(encoder: Encoder, data: Any = source, *, tokens: bool = False) -> list[str]:
         seen, features = towers_run(encoder), EncoderFeatures(encoder, cache=cache)
         features.tokens(data) if tokens else features.images(data)
-        features.texts(["a red circle", "a cat"])
-        features.classifier(CLASSES, ("a {}", "{}"))
+        features.texts(["a dog", "a cat"])
+        features.classifier(CLASSES, ("a {}", "the {}"))
         return seen
 
     def changed(**changes: Any) -> Encoder:

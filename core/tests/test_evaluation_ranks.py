@@ -135,7 +135,8 @@ def test_ranks_measure_what_one_process_measures(world: int, files: str, alone: 
     assert alone[4]["core/zero-shot"].metrics["skipped"] == 4
     assert alone[4]["core/zero-shot"].intervals.keys() > {"top1", "mean_per_class", "class/red"}
     ranks = run_ranks(on_ranks, world, files)
-    assert [found["reads"] for found in ranks] == {2: [12, 12], 3: [8, 8, 8]}[world] and alone["reads"] == 24
+    assert [found["reads"] for found in ranks] == {2: [24, 24], 3: [16, 16, 16]}[world]  # without tokens, then with
+    assert alone["reads"] == 48
     for place, found in enumerate(ranks):
         for size in (4, 64):
             assert found[size].keys() == alone[size].keys()

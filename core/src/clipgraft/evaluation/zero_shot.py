@@ -48,7 +48,7 @@ class ZeroShot(Config):
         right, shown = labels[rank == 0].bincount(minlength=count), labels.bincount(minlength=count)
         counts = {f"top{k}": (int((rank < k).sum()), len(rank)) for k in (1, 5) if count >= k}
         metrics = {name: hits / total for name, (hits, total) in counts.items()}
-        metrics["mean_per_class"] = float((right[shown > 0] / shown[shown > 0]).double().mean())
+        metrics["mean_per_class"] = float((right[shown > 0].double() / shown[shown > 0]).mean())
         rows = zip(features.samples(source), labels.tolist(), prediction.tolist(), rank.tolist(), strict=True)
         records = tuple(
             {"id": s.id, "label": own, "prediction": p, **{name: r < int(name[3:]) for name in counts}}
