@@ -11,6 +11,7 @@ import pytest
 
 from clipgraft.evaluation import records
 from clipgraft.evaluation.base import Evaluation
+from clipgraft.evaluation.statistics import Share, intervals
 from clipgraft.registry import Registry, use
 from clipgraft_evaluation.report import write_report
 
@@ -102,14 +103,16 @@ def make_run(run: Path, *, steps: int = 100) -> Path:
     write(run / "status.json", {"recipe": "fake/sharper", "status": "done", "seconds": 61.4, "steps": 100})
     pairs = {"mean": 0.1, "orientation": 0.0, "quantity": 0.1, "colour": 0.2}
     before = {"core/zero-shot": {"top1": 0.768, "top5": 0.99}, "core/pairs": pairs}
-    after = {"core/zero-shot": {"top1": 0.744, "top5": 0.99}, "core/pairs": {k: v + 1 / 3 for k, v in pairs.items()}}
+    after = {"core/zero-shot": {"top1": 0.744, "top5": 0.99}, "core/pairs": {**pairs, "mean": 1 / 3}}
     write(run / "evaluations.json", {"before": before, "after": after})
     patterns = ("orientation", "quantity", "colour")
     for when, right in (("before", range(10, 13)), ("after", range(10))):
         rows = [{"id": f"p{i}", "pattern": patterns[i % 3], "correct": i in right} for i in range(30)]
         folder = run / "evaluation" / when
         folder.mkdir(parents=True)
-        records.save(folder, {"core/pairs": Evaluation({}, samples=tuple(rows))})
+        told = {"mean": Share("correct")}
+        spans = intervals(told, rows)
+        records.save(folder, {"core/pairs": Evaluation({}, {}, tuple(rows), told, spans)})
     for name, scale in (("00-generator", 1.0), ("01-clip", 0.2)):
         stage = run / "stages" / name
         stage.mkdir(parents=True)

@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 
 from clipgraft.errors import InputError
+from clipgraft.evaluation import records
+from clipgraft.evaluation.base import Evaluation
+from clipgraft.evaluation.comparison import compare
+from clipgraft.evaluation.statistics import Share, intervals, value
 from clipgraft_evaluation.report import number, signed, size, write_report
 
 VOID = {"meta", "img", "br", "hr", "link", "input", "path", "use", "rect"}
@@ -71,11 +75,61 @@ def test_it_says_what_changed_in_sections(page: Page) -> None:
         "Left out",
     ]
     assert "core/zero-shot on squares/other?split=test" in page.text
-    assert "top1 0.768 0.744 −0.024" in page.text and "mean 0.100 0.433 +0.333" in page.text
+    assert "top1 0.768 0.744 −0.024" in page.text and "orientation 0.000 0.000 +0.000" in page.text
+    assert re.search(
+        r"mean 0\.100 \[0\.000, 0\.\d+] 0\.333 \[0\.\d+, 0\.\d+] \+0\.233 \[[+−]0\.\d+, \+0\.\d+]", page.text
+    )
+    assert "0.092 cannot tell" in page.text and "adjusted for the 1 tests of this section" in page.text
     assert "3 of 30 right before, 10 after: 10 newly right, 3 newly wrong (two-sided sign test, p = 0.092)" in page.text
     assert "10 of 10, spread over the patterns" in page.text
     assert "torch 2.15.0" in page.text and "plugin squares clipgraft-squares 0.1" in page.text
     assert "61 s, 100 steps, seed 7" in page.text
+
+
+def forget(run: Path, share: float) -> None:
+    """Let a run have lost half of what it knew, and gained where less is better."""
+    samples = {when: [{"id": f"k{i}", "top1": i < right, "gap": 2.0 * (i < right)} for i in range(80)]
+               for when, right in (("before", 80), ("after", round(80 * share)))}  # fmt: skip
+    found = {}
+    for when, rows in samples.items():
+        told = {"top1": Share("top1"), "gap": Share("gap")}
+        metrics = {name: value(statistic, rows) for name, statistic in told.items()}
+        evaluation = Evaluation(metrics, {}, tuple(rows), told, intervals(told, rows), frozenset({"gap"}))
+        found[when] = {"core/zero-shot": evaluation}
+        records.save(run / "evaluation" / f"retention-{when}", found[when])
+    rows = compare(found["before"], found["after"])
+    (run / "forgetting.json").write_text(json.dumps({"rows": [row.as_dict() for row in rows]}))
+    nodes = [{"use": "zero-shot", "data": "squares/kept?n=80"}]
+    (run / "retention.json").write_text(json.dumps({"evaluators": nodes, "before": {}, "after": {}}))
+
+
+def test_what_was_kept_and_what_was_not(run_dir: Path, squares: object) -> None:
+    forget(run_dir, 0.5)
+    page = Page(write_report(run_dir).read_text("utf-8"))
+    assert "What was kept" in page.headings and "core/zero-shot on squares/kept?n=80 , 80 samples" in page.text
+    assert "Worse now: core/zero-shot top1. Better now: core/zero-shot gap." in page.text
+    assert re.search(r"top1 1\.000 \[1\.000, 1\.000] 0\.500 \[0\.\d+, 0\.\d+] −0\.500 \[−0\.\d+, −0\.\d+]", page.text)
+    assert re.search(r"gap less is better 2\.000 .* −1\.000 .* better", page.text)
+    classes = [attrs.get("class") for tag, attrs in page.tags if tag == "td"]
+    assert "down" in classes and "up" in classes
+    forget(run_dir, 1.0)
+    page = Page(write_report(run_dir).read_text("utf-8"))
+    assert "Nothing is measurably worse. For 2 of 2 metrics these samples can't tell." in page.text
+
+
+def test_forgetting_that_was_not_measured_is_explained(run_dir: Path, squares: object) -> None:
+    (run_dir / "retention.json").write_text('{"left_out": "no plugin in use offers it"}')
+    assert "forgetting was not measured: no plugin in use offers it" in Page(write_report(run_dir).read_text()).text
+    (run_dir / "retention.json").write_text('{"before": {}}')
+    assert "was not measured after the training" in Page(write_report(run_dir).read_text()).text
+
+
+def test_damaged_records_cost_only_the_tests(run_dir: Path, squares: object) -> None:
+    good = write_report(run_dir).read_text("utf-8")
+    (run_dir / "evaluation/after/core-pairs.parquet").write_bytes(b"no parquet")
+    page = Page(write_report(run_dir).read_text("utf-8"))
+    assert "Records of samples" in page.text and "can't be read as Parquet" in page.text
+    assert "top1 0.768 0.744 −0.024" in page.text and "0.092 cannot tell" in Page(good).text
 
 
 def test_what_is_missing_is_named(page: Page) -> None:

@@ -73,7 +73,7 @@ def compare(
         raise InputError(f"alpha is {alpha}; give a share between 0 and 1, such as 0.05")
     both = {name: (a[name], b[name]) for name in a if name in b}
     tests = sum(len(_statistics(one, two)) for one, two in both.values())
-    draws = max(DRAWS, min(MOST_DRAWS, math.ceil(4 * tests / alpha)))
+    draws = max(DRAWS, min(MOST_DRAWS, math.ceil(20 * tests / alpha)))  # the least adjusted p is a tenth of alpha
     rows: list[Row] = []
     with log.progress("comparing", len(both)) if log else nullcontext() as bar:
         for name, (one, two) in both.items():

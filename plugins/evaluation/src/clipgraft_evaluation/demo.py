@@ -26,6 +26,9 @@ def demo(
         states = ", ".join(f"{name} ({status.get(name, 'not installed')})" for name in idle)
         packages = " ".join(f"clipgraft-{name}" for name in idle)
         raise InputError(f'the demo needs {states}: pip install {packages}, or in a checkout pip install ".[all]"')
+    from clipgraft import retention
+    from clipgraft.evaluation import records
+    from clipgraft.evaluation.comparison import as_table, compare
     from clipgraft.execution import run_recipe
     from clipgraft.runner import flat
     from clipgraft_evaluation.report import write_report
@@ -36,16 +39,14 @@ def demo(
     page, seconds = write_report(result.run), time.monotonic() - began
     if json:
         paths = {"export": str(result.export), "report": str(page)}
-        return emit({"before": before, "after": after, **paths, "seconds": round(seconds, 1)})
+        kept = {"forgetting": result.forgetting}
+        return emit({"before": before, "after": after, **kept, **paths, "seconds": round(seconds, 1)})
 
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table("metric", title=f"{RECIPE} in {seconds:.0f} s")
-    for column in ("before", "after", "difference"):
-        table.add_column(column, justify="right")
-    for metric, value in after.items():
-        then = before.get(metric, float("nan"))  # "skipped" samples are a metric only where there are some
-        table.add_row(metric, f"{then:.4f}", f"{value:.4f}", f"{value - then:+.4f}")
-    Console(highlight=False).print(table)
+    console, names = Console(highlight=False), ("before", "after")
+    found = [records.read(result.run / "evaluation" / when) for when in names]
+    console.print(as_table(compare(*found), names=names, title=f"{RECIPE} in {seconds:.0f} s", width=console.width))
+    if rows := retention.read(result.run):
+        console.print(as_table(rows, names=names, title="What was kept", width=console.width))
     print(f"model   {result.export}\nreport  {page}")

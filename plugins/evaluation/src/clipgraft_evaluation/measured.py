@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from clipgraft.evaluation.base import Evaluation
@@ -12,6 +12,8 @@ from clipgraft_evaluation.pairs import Change, change
 from clipgraft_evaluation.rundir import RunRecord
 
 Span = tuple[float, float]
+Both = tuple[Mapping[str, Evaluation], Mapping[str, Evaluation]]
+"""What was found before and after."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +64,14 @@ class Group:
     change: Change | None = None
 
 
-def tests(run: RunRecord) -> dict[str, Test]:
+def tests(both: Both) -> dict[str, Test]:
     """Paired tests of all metrics whose statistics were stored, by "evaluator.metric"."""
-    return {test.name: test for test in compare(run.results("before"), run.results("after")) if test.p is not None}
+    return {test.name: test for test in compare(*both) if test.p is not None}
 
 
-def groups(run: RunRecord, tested: dict[str, Test]) -> list[Group]:
+def groups(run: RunRecord, both: Both, tested: Mapping[str, Test]) -> list[Group]:
     """Evaluators in the order of the run, with their metrics in the order that they reported."""
-    before, after = run.results("before"), run.results("after")
-    made = []
+    (before, after), made = both, []
     for name in dict.fromkeys([*before, *after]):
         then, now = before.get(name, Evaluation({})), after.get(name, Evaluation({}))
         rows = tuple(

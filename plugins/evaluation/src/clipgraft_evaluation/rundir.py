@@ -62,14 +62,17 @@ class RunRecord:
         path = self.path / "evaluation" / when / f"{file_stem(evaluator)}.parquet"
         return tuple(read_rows(path)) if path.is_file() else ()
 
+    def told(self, when: str) -> dict[str, Evaluation]:
+        """The metrics alone, "before" or "after"."""
+        return {name: Evaluation(dict(m)) for name, m in (self.before if when == "before" else self.after).items()}
+
     def results(self, when: str) -> dict[str, Evaluation]:
-        """The evaluations of ``evaluation/<when>`` with the metrics of evaluations.json, which may tell of more."""
+        """As ``told`` with samples, statistics and intervals where they were kept; or "retention-before" and so on."""
         folder = self.path / "evaluation" / when
         saved = records.read(folder) if (folder / records.SUMMARY).is_file() else {}
-        told = {"before": self.before, "after": self.after}.get(when)
-        if told is None:
+        if when not in ("before", "after"):
             return saved
-        return {name: replace(saved.get(name, Evaluation({})), metrics=dict(m)) for name, m in told.items()}
+        return {name: replace(saved.get(name, e), metrics=e.metrics) for name, e in self.told(when).items()}
 
     def kept_data(self, evaluator: str) -> str | None:
         """The data reference on which an evaluator measured what should not be forgotten."""
