@@ -105,6 +105,36 @@ def test_folders_compare_like_what_was_saved_and_borrow_statistics(tmp_path) -> 
     assert only(both, "top1").verdict == "better" and only(both, "spread").verdict == "not testable"
 
 
+class Own:
+    """A statistic of numbers that records don't hold."""
+
+    def __init__(self, numbers: dict[str, float]) -> None:
+        self.numbers = numbers
+
+    def bind(self, samples):
+        import torch
+
+        x = torch.tensor([self.numbers[row["id"]] for row in samples], dtype=torch.float64)
+        return lambda w: (w @ x) / w.sum(1)
+
+
+def test_a_statistic_that_holds_more_than_records_is_its_sides_alone(tmp_path) -> None:
+    sides = []
+    for scale in (1.0, 3.0):
+        numbers = {f"s{k}": scale * (1 + k % 3) for k in range(30)}
+        samples = tuple({"id": name} for name in numbers)
+        own = Own(numbers)
+        sides.append({"x": Evaluation({"mean": value(own, samples)}, {}, samples, {"mean": own})})
+    (row,) = compare(*sides)
+    assert (row.a, row.b, row.difference, row.verdict) == (2.0, 6.0, 4.0, "better")
+    assert row.low == pytest.approx(2 * (3 - 1), abs=0.7) and row.low < 4 < row.high
+    records.save(tmp_path, sides[1])
+    (row,) = compare(sides[0], records.read(tmp_path))
+    assert row.verdict == "not testable" and row.difference == 4.0, "not A's numbers for both"
+    short = {"x": Evaluation({"mean": 1.0}, {}, ({"id": "elsewhere"},))}
+    assert compare(sides[0], short)[0].verdict == "not testable"
+
+
 def test_a_long_table_draws_often_enough_for_its_adjustment() -> None:
     one, two = [{"id": i, "x": float(i % 5)} for i in range(40)], [{"id": i, "x": 9.0 + i % 5} for i in range(40)]
     names = [f"m{k}" for k in range(60)]

@@ -89,6 +89,18 @@ def test_a_model_against_itself(world: Path, run: Compare) -> None:
     assert found and {(row["p"], row["difference"], row["verdict"]) for row in found} == {(1.0, 0.0, "cannot tell")}
 
 
+def test_verdicts_know_what_is_less_and_embeddings_stay_with_their_model(world: Path, run: Compare) -> None:
+    names = ",".join(f"{name}@folder:{world / 'pictures'}" for name in ("calibration", "geometry"))
+    rows = run(world / "one", world / "two", "--on", names, "--json").json["rows"]
+    found = {row["metric"]: row for row in rows}
+    assert found["modality_gap"]["difference"] == pytest.approx(found["modality_gap"]["b"] - found["modality_gap"]["a"])
+    assert found["modality_gap"]["difference"] != 0 and found["modality_gap"]["p"] is not None
+    less = {"modality_gap", "unmatched_cosine", "alignment", "uniformity_images", "uniformity_texts", "ece", "brier"}
+    judged = [row for row in rows if row["verdict"] in ("better", "worse") and row["metric"] in less]
+    assert judged, "two random models differ in geometry"
+    assert all((row["difference"] < 0) == (row["verdict"] == "better") for row in judged)
+
+
 def test_the_table_says_what_it_compares(world: Path, tmp_path: Path, run: Compare) -> None:
     records.save(tmp_path / "a", {"e": answers(range(40), 60), "alone": answers(range(3), 9)})
     records.save(tmp_path / "b", {"e": answers(range(9, 40), 80)})

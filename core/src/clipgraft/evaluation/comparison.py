@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from clipgraft.errors import ClipgraftError, InputError
 from clipgraft.evaluation.base import Evaluation
-from clipgraft.evaluation.statistics import DRAWS, Difference, differences, holm, paired, value
+from clipgraft.evaluation.statistics import DRAWS, Difference, Statistic, differences, holm, paired, value
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -66,18 +66,20 @@ def compare(
     """A row per metric that both have, evaluators joined by name and samples by id; p-values adjusted over the table.
 
     Values are of the shared samples where the two differ. A statistic that one side lacks, because it was read from
-    disk, is the other's. Tables of many rows draw more often, up to ``MOST_DRAWS``, so that the adjustment (Holm 1979)
-    can't by itself keep a bootstrap below ``alpha`` out of reach. ``InputError`` when two results share no sample.
+    disk, is the other's if that gives its metric. Tables of many rows draw more often, up to ``MOST_DRAWS``, so that
+    the adjustment (Holm 1979) can't by itself keep a bootstrap below ``alpha`` out of reach. ``InputError`` when two
+    results share no sample.
     """
     if not 0 < alpha < 1:
         raise InputError(f"alpha is {alpha}; give a share between 0 and 1, such as 0.05")
     both = {name: (a[name], b[name]) for name in a if name in b}
-    tests = sum(len(_statistics(one, two)) for one, two in both.values())
+    statistics = {name: _statistics(*pair) for name, pair in both.items()}
+    tests = sum(map(len, statistics.values()))
     draws = max(DRAWS, min(MOST_DRAWS, math.ceil(20 * tests / alpha)))  # the least adjusted p is a tenth of alpha
     rows: list[Row] = []
     with log.progress("comparing", len(both)) if log else nullcontext() as bar:
         for name, (one, two) in both.items():
-            rows += _rows(name, one, two, draws=draws)
+            rows += _rows(name, one, two, statistics[name], draws=draws)
             if bar is not None:
                 bar.advance()
     tested = [row for row in rows if row.p is not None]
@@ -86,26 +88,45 @@ def compare(
     return [_judged(row, adjusted.get(row.name), row.name in lower, alpha) for row in rows]
 
 
-def _statistics(one: Evaluation, two: Evaluation) -> dict[str, Any]:
-    """{metric: statistic} of the metrics that both have, if both kept samples."""
-    found = {**two.statistics, **one.statistics} if one.samples and two.samples else {}
-    return {name: found[name] for name in one.metrics if name in found and name in two.metrics}
+def _statistics(one: Evaluation, two: Evaluation) -> dict[str, tuple[Statistic, Statistic]]:
+    """{metric: statistic of each side} of the metrics that both have, if both kept samples."""
+    found = {}
+    for name in [name for name in one.metrics if name in two.metrics and one.samples and two.samples]:
+        f = one.statistics.get(name) or _borrowed(name, two, one)
+        g = two.statistics.get(name) or _borrowed(name, one, two)
+        if f is not None and g is not None:
+            found[name] = (f, g)
+    return found
 
 
-def _rows(name: str, one: Evaluation, two: Evaluation, *, draws: int) -> list[Row]:
+def _borrowed(name: str, owner: Evaluation, other: Evaluation) -> Statistic | None:
+    """The owner's statistic, if the other's metric follows with it; one that holds embeddings is the owner's alone."""
+    if (statistic := owner.statistics.get(name)) is None:
+        return None
+    try:
+        found = value(statistic, other.samples)
+    except Exception:  # made for other records
+        return None
+    return statistic if math.isclose(found, other.metrics[name], rel_tol=1e-6, abs_tol=1e-9) else None
+
+
+def _rows(
+    name: str, one: Evaluation, two: Evaluation, statistics: Mapping[str, tuple[Statistic, Statistic]], *, draws: int
+) -> list[Row]:
     """Values, differences and unadjusted tests of one evaluator."""
     found: dict[str, Difference] = {}
     metrics = [metric for metric in one.metrics if metric in two.metrics]
     then, now, n = dict(one.metrics), dict(two.metrics), None
-    if statistics := _statistics(one, two):
+    if statistics:
         try:
             rows, others = paired(one.samples, two.samples)
         except ClipgraftError as error:
             raise InputError(f"{name}: {error}") from error
-        found, n = differences((statistics, rows), (statistics, others), draws=draws), len(rows)
+        first, second = ({metric: pair[side] for metric, pair in statistics.items()} for side in (0, 1))
+        found, n = differences((first, rows), (second, others), draws=draws), len(rows)
         if not len(one.samples) == len(two.samples) == n:
-            then |= {metric: value(statistic, rows) for metric, statistic in statistics.items()}
-            now |= {metric: value(statistic, others) for metric, statistic in statistics.items()}
+            then |= {metric: value(statistic, rows) for metric, statistic in first.items()}
+            now |= {metric: value(statistic, others) for metric, statistic in second.items()}
     made = []
     for metric in metrics:
         row = Row(name, metric, then[metric], now[metric], now[metric] - then[metric])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -32,6 +33,10 @@ class Calibration(Config):
     Models trained with a sigmoid are measured by the same softmax: their bias is the same for every class and cancels.
     A tie of the two best classes is wrong, as in ``core/zero-shot``.
     """
+
+    lower_is_better: ClassVar[frozenset[str]] = frozenset(
+        f"{name}{suffix}" for name in ("ece", "ece_equal_mass", "nll", "brier") for suffix in ("", "_scaled")
+    )
 
     templates: tuple[str, ...] = Field((), description="prompts with one {}; empty takes those of the data")
     bins: int = Field(15, gt=0, description="bins of confidence")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -34,6 +35,10 @@ class Geometry(Config):
     Prompts take the source's templates in turn by the hash of the id. Means over pairs of different images (texts)
     leave out pairs of equal texts, so that captions or classes that repeat don't count as close.
     """
+
+    lower_is_better: ClassVar[frozenset[str]] = frozenset(
+        {"modality_gap", "unmatched_cosine", "alignment", "separability", "uniformity_images", "uniformity_texts"}
+    )
 
     limit: int | None = Field(
         2000, gt=9, description="samples to look at, drawn by the hash of the id; null takes all, in time n squared"

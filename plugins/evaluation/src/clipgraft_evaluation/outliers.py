@@ -6,7 +6,7 @@ n samples of both sides, b draws of them, G distinct scores.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -31,6 +31,8 @@ class OutOfDistribution(Config):
     With cosines c to the class embeddings and the temperature t: ``mcm`` is the largest of softmax(c / t),
     ``max-logit`` the largest c, ``energy`` t log sum exp(c / t).
     """
+
+    lower_is_better: ClassVar[frozenset[str]] = frozenset({"fpr95", "outliers_skipped"})
 
     outliers: str = Field(description="data whose images belong to no class of the source")
     score: Literal["mcm", "max-logit", "energy"] = Field("mcm", description="what is high for known images")
