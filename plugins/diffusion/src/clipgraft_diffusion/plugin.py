@@ -64,6 +64,13 @@ def clipgraft_claims() -> list[Component]:
     """Claims."""
     return [
         Component(
+            name="diva",
+            target="clipgraft_diffusion.diva.claims:DIVA",
+            summary="A frozen, pretrained generator's feedback lets the untouched text tower tell minimal pairs apart",
+            needs=("clipgraft-toyworld",),
+            paper=DIVA,
+        ),
+        Component(
             name="genhancer",
             target="clipgraft_diffusion.genhancer.claims:GENHANCER",
             summary="Details become readable from the global embedding while zero-shot is kept",

@@ -4,8 +4,8 @@ Registered as the head ``diffusion/recap``. Which recap a backbone takes is a ch
 ``condition/*.py``), here settings: OpenAI draws 76 patches per image with replacement, MetaCLIP and DFN at 224 px take
 all, DFN at 378 px draws half as many as there are, SigLIP averages windows of patches in raster order.
 
-The paper and its code disagree on density: a summary of the paper gives 15 % for 224 px and 30 % for 336 px, the code
-draws 76 of 256 (29.7 %) and 76 of 576 (13.2 %). The presets follow the code; ``k`` and ``ratio`` set anything else.
+Density: the code draws 76 of 256 (29.7 %) and 76 of 576 (13.2 %); a summary by others gives the paper's as 15 and 30 %,
+which is unchecked. The presets follow the code; ``k`` and ``ratio`` set anything else.
 """
 
 from __future__ import annotations
