@@ -7,6 +7,7 @@ of ``width`` d_q on a ``grid`` (h, w), L = h*w, and the table ``vectors`` (K, d_
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from clipgraft.encoders.base import ImageEncoder
 from clipgraft.errors import InputError
+from clipgraft.log import Bar, RunLog
 from clipgraft.types import ImageFeatures
 from clipgraft_diffusion.latent import TOKENS, Standardise, TokenLatent
 from clipgraft_diffusion.pretrained import Pretrained
@@ -106,7 +108,7 @@ class Codebook(nn.Module):
         return nearest(self.standardise(raw).flatten(0, 1), self.vectors).view(raw.shape[:2])
 
     @torch.no_grad()
-    def fit(self, batches: Iterable[Tensor], *, seed: int = 0, most: int = 32768) -> None:
+    def fit(self, batches: Iterable[Tensor], *, seed: int = 0, most: int = 32768, log: RunLog | None = None) -> None:
         """Statistics from all batches of raw tokens (B, L, C), the vectors from the first ``most`` tokens or so."""
         kept: list[Tensor] = []
 
@@ -118,7 +120,7 @@ class Codebook(nn.Module):
 
         self.standardise.estimate(passing())
         tokens = self.standardise(torch.cat(kept)).flatten(0, 1)[:most]
-        self.vectors.copy_(kmeans(tokens, self.vectors.shape[0], seed=seed))
+        self.vectors.copy_(kmeans(tokens, self.vectors.shape[0], seed=seed, log=log))
 
 
 class TokenCodes(nn.Module):
@@ -171,7 +173,7 @@ def nearest(x: Tensor, vectors: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def kmeans(x: Tensor, size: int, *, seed: int = 0, steps: int = 20) -> Tensor:
+def kmeans(x: Tensor, size: int, *, seed: int = 0, steps: int = 20, log: RunLog | None = None) -> Tensor:
     """Lloyd's algorithm from a k-means++ start: rows x (n, d) -> centres (size, d), the same for the same seed.
 
     A centre that loses all its rows moves to the row that is worst served.
@@ -180,23 +182,38 @@ def kmeans(x: Tensor, size: int, *, seed: int = 0, steps: int = 20) -> Tensor:
         raise InputError(
             f"{len(x)} tokens can't make {size} codes; lower codes.size, or raise codes.samples or the number of images"
         )
+    x = x.float()
+    with log.progress("fitting codes", size + steps) if log else nullcontext() as bar:
+        centres = _spread(x, size, seed=seed, bar=bar)
+        owner = nearest(x, centres)
+        for step in range(steps):
+            count = torch.bincount(owner, minlength=size)
+            sums = torch.zeros_like(centres).index_add_(0, owner, x)
+            if empty := int((count == 0).sum()):
+                sums[count == 0] = x[(x - centres[owner]).square().sum(1).topk(empty).indices]
+            centres, before = sums / count.clamp_min(1)[:, None], owner
+            owner = nearest(x, centres)
+            settled = torch.equal(before, owner)
+            if bar is not None:
+                bar.advance(steps - step if settled else 1)
+            if settled:
+                break
+    return centres
+
+
+def _spread(x: Tensor, size: int, *, seed: int, bar: Bar | None) -> Tensor:
+    """k-means++: ``size`` rows of x (n, d), each drawn in proportion to its squared distance from those before."""
     g = torch.Generator().manual_seed(seed)
-    x, centres = x.float(), x.new_empty(size, x.shape[1], dtype=torch.float32)
+    centres = x.new_empty(size, x.shape[1])
     centres[0] = x[int(torch.randint(len(x), (), generator=g))]
     far = (x - centres[0]).square().sum(1)
-    for k in range(1, size):  # the next centre is drawn in proportion to the squared distance from those before
+    for k in range(1, size):
         mass = far.double().cumsum(0)
         at = torch.searchsorted(mass, mass[-1] * torch.rand((), generator=g, dtype=torch.float64).to(mass))
         centres[k] = x[at.clamp_max(len(x) - 1)]
         far = torch.minimum(far, (x - centres[k]).square().sum(1))
-    owner = nearest(x, centres)
-    for _ in range(steps):
-        count = torch.bincount(owner, minlength=size)
-        sums = torch.zeros_like(centres).index_add_(0, owner, x)
-        if empty := int((count == 0).sum()):
-            sums[count == 0] = x[(x - centres[owner]).square().sum(1).topk(empty).indices]
-        centres, before = sums / count.clamp_min(1)[:, None], owner
-        owner = nearest(x, centres)
-        if torch.equal(before, owner):
-            break
+        if bar is not None:
+            bar.advance()
+    if bar is not None:
+        bar.advance()
     return centres

@@ -63,7 +63,7 @@ class Discrete:
         """The tokens' statistics and their codes, the same in every process and resume."""
         if isinstance(latent, TokenCodes):
             raw = raw_tokens(run, latent.tokens, base, source, samples=self.config.codes.samples)
-            latent.codebook.fit(raw, seed=run.seed)
+            latent.codebook.fit(raw, seed=run.seed, log=run.log)
 
     def feedback(self, base: Encoder, latent: Latent, *, stage: StageName) -> MaskedFeedback:
         """Projector, predictor and the stage's law of masks."""

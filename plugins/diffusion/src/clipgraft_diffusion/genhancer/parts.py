@@ -57,8 +57,10 @@ def teacher(run: Run, base: Encoder, *, of: str, setting: str) -> Encoder:
 def raw_tokens(run: Run, latent: TokenLatent, base: Encoder, source: Source, *, samples: int) -> Iterator[Tensor]:
     """Raw tokens of the first ``samples`` images, in batches (b, N, C): the same in every process and resume."""
     tower, count = latent.tower or base.image, min(samples, len(source))
-    for pixels in pixel_batches(run, Part(source, range(count))):
-        yield latent.raw(tower(latent.preprocess.normalize(pixels), TOKENS))
+    with run.log.progress("reading tokens", count) as bar:
+        for pixels in pixel_batches(run, Part(source, range(count))):
+            yield latent.raw(tower(latent.preprocess.normalize(pixels), TOKENS))
+            bar.advance(len(pixels))
 
 
 def pixel_batches(run: Run, source: Source) -> Iterator[Tensor]:
