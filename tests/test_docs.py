@@ -161,9 +161,11 @@ def test_commands_parse_and_name_what_exists(
                 found.get("recipe", given["recipe"])
             elif name == "config diff":
                 assert all(found.get("recipe", given[side].partition(":")[0]) for side in "ab")
-            elif name == "eval":
-                for text in ",".join(given["on"]).split(","):
-                    found.get("evaluator", text.partition("@")[0])
+            elif name in ("eval", "compare"):
+                from clipgraft.evaluation.suites import check_requested
+
+                if given["on"] or given["suite"] or name == "eval":
+                    check_requested(given["on"] or (), given["suite"], registry=found)
             elif name == "list":
                 assert given["what"] in PLURALS, shown
             elif name == "show":

@@ -195,6 +195,23 @@ def test_a_signal_saves_and_the_run_continues(world, tmp_path, number):
 
 
 @pytest.mark.slow
+def test_two_processes_measure_like_one(world, tmp_path):
+    """torchrun clipgraft eval: each encodes its share, one speaks, and the numbers are the same."""
+    environment = {**os.environ, "CLIPGRAFT_PLUGINS": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    words = ["eval", world / "clip", "--on", "retrieval", "--data", f"csv:{world / 'pairs.csv'}", "--batch-size", "5"]
+    found = []
+    for launch, out in (([sys.executable, "-m"], "one"), (torchrun, "two")):
+        command = [*launch, "clipgraft", *words, "--json", "--out", tmp_path / out]
+        done = subprocess.run(command, env=environment, capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()[-2000:]
+        found.append(json.loads(done.stdout))
+    assert found[0] == found[1]
+    one, two = (records.read(tmp_path / out) for out in ("one", "two"))
+    assert one == two
+
+
+@pytest.mark.slow
 def test_two_processes_train_like_one(world, tmp_path):
     """torchrun with two gloo ranks: the same weights up to rounding as one process on the same global batch."""
     sets = [f"--set={k}={v}" for k, v in settings(world, **{"train.optimizer": "sgd"}).items()]

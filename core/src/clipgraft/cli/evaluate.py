@@ -36,7 +36,7 @@ def evaluate(
     json: JsonFlag = False,
 ) -> None:
     """Measure a model, e.g. clipgraft eval toyworld/clip --on zero-shot --data toyworld/images?split=test"""
-    from clipgraft import evaluation
+    from clipgraft import distributed, evaluation
     from clipgraft.encoders import load
     from clipgraft.evaluation import records
     from clipgraft.evaluation.suites import check_requested, requested
@@ -44,19 +44,22 @@ def evaluate(
 
     check_requested(on or (), suite, registry=current())
     with redirect_stdout(sys.stderr):  # whatever libraries print
-        encoder = load(model, registry=current()).eval()
+        accelerator = distributed.make_accelerator("fp32")  # under torchrun each process encodes its share
+        encoder = load(model, registry=current()).eval().to(accelerator.device)
         found = evaluation.evaluate(
             encoder,
             requested(on or (), suite, encoder, registry=current()),
             registry=current(),
             default_data=data,
             batch_size=batch_size,
-            log=RunLog(),
+            log=RunLog(is_main=accelerator.is_main_process),
             workers=workers,
             cache=cache,
         )
-        if out is not None:
+        if out is not None and accelerator.is_main_process:
             records.save(out, found)
+    if not accelerator.is_main_process:
+        return
     if json:
         results = {name: dict(e.metrics) for name, e in found.items()}
         spread = {name: {k: list(v) for k, v in e.intervals.items()} for name, e in found.items()}

@@ -204,5 +204,3 @@ def evaluation_batches(
             bad.add(index, error)
         if part.items:
             yield part.items
-
-

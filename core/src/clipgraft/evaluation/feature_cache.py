@@ -14,7 +14,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -90,9 +89,7 @@ def tower_digest(tower: nn.Module, data: EncoderData) -> str:
     digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", repr(tower)).encode())
     grafts = [(graft.name, graft.config) for graft in data.grafts]
     digest.update(json.dumps([data.model_config, grafts], sort_keys=True, default=str).encode())
-    for name, tensor in tower.state_dict().items():
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(files.tensors_digest(tower.state_dict()).encode())
     return digest.hexdigest()
 
 

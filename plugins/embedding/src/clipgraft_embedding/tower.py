@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from clipgraft.encoders.base import Encoder
 from clipgraft.encoders.towers import VitImage
+from clipgraft.files import tensors_digest
 
 Kind = Literal["images", "texts"]
 Precision = Literal["fp32", "bf16"]
@@ -116,7 +117,5 @@ def tower_sha256(encoder: Encoder, kind: Kind) -> str:
     if module is None:
         return ""
     digest = hashlib.sha256(repr([(g.name, g.config) for g in encoder.data.grafts]).encode())
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(tensors_digest(module.state_dict()).encode())
     return digest.hexdigest()
