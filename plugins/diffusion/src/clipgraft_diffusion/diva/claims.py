@@ -50,7 +50,7 @@ DIVA = Claim(
     tried=(
         "settings were chosen on the tuning splits of the three bases. One look at the test split: every margin is "
         "met, two of four p-values are not (.072, .053), since bases gain differently (+.38, +.09, +.15). The "
-        "generator restores base 0's tokens and was told captions of the world when it was made; the other bases, whose "
+        "generator restores base 0's tokens and was told captions of the world when it was made; the others, whose "
         "texts reach it through a fitted projection, gain less, and orientation, which it does not notice, nothing"
     ),
 )
