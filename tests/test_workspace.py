@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import tomllib
 from collections.abc import Iterator
@@ -87,3 +88,14 @@ def test_files_have_names_that_say_something() -> None:
     assert not [p for p in ROOT.glob("*/**/src/**/*.py") if p.stem in said_nothing]
     test_folders = [ROOT / "tests", *(ROOT / member / "tests" for member in MEMBERS)]
     assert not [p for folder in test_folders for p in folder.rglob("__init__.py")]
+
+
+def test_the_core_stays_within_its_limits() -> None:
+    """Decision 14: what doesn't fit goes into a plugin, or replaces something."""
+    spec = importlib.util.spec_from_file_location("core_size", ROOT / "docs" / "core_size.py")
+    assert spec is not None and spec.loader is not None
+    counter = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(counter)
+    texts = {path: path.read_text("utf-8") for path in (ROOT / "core" / "src").rglob("*.py")}
+    assert sum(map(counter.code_lines, texts.values())) <= 6600
+    assert not [path for path, text in texts.items() if len(text.splitlines()) > 500]

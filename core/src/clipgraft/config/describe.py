@@ -74,7 +74,10 @@ def complaint(cls: type[BaseModel], error: ValidationError, *, where: str = "") 
     lines = wrong[:3] + ([f"and {len(wrong) - 3} more"] if len(wrong) > 3 else [])
     if len(missing) == 1:
         name, text = missing.popitem()
-        lines.append(f"{name} is not set; give it with --set {name}=VALUE or in a config file{text and f' ({text})'}")
+        how = f"--set {name}=VALUE or in a config file"
+        if "/" in where:  # of a component
+            how = f"{where}?{name.removeprefix(f'{where}.')}=VALUE, or beside its name in a config file"
+        lines.append(f"{name} is not set; give it with {how}{text and f' ({text})'}")
     elif missing:
         lines.append(f"not set: {', '.join(missing)}; give each with --set KEY=VALUE or in a config file")
     return "; ".join(lines)
