@@ -11,45 +11,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clipgraft.data.base import Sample
 from clipgraft.errors import InputError
 from clipgraft.evaluation import evaluate
 from clipgraft.evaluation.features import EncoderFeatures
 from clipgraft.evaluation.statistics import value
 from clipgraft.evaluation.zero_shot import ZeroShot
+from clipgraft.testing.given import Given
 from clipgraft.testing.tiny import tiny_clip
 from clipgraft_evaluation.calibration import Calibration, EqualMass, EqualWidth, fitted_temperature
 from clipgraft_evaluation.knn import even_half
 
 
-def pixels(seed: int, side: int = 32) -> Tensor:
-    return torch.randint(0, 256, (3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-
-
-class Given:
-    """A source, and its features as numbers."""
-
-    name, templates, attributes = "given", (), {}
-
-    def __init__(self, x: Tensor, labels: Sequence[int], *, classes: int | None = None, prefix: str = "s") -> None:
-        self.x, self.classes = F.normalize(x, dim=-1), [f"c{k}" for k in range(classes or max(labels) + 1)]
-        self.rows = [Sample(f"{prefix}{i}", pixels(i), label=int(label)) for i, label in enumerate(labels)]
-        self.fingerprint = repr((prefix, list(labels)))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.rows[index]
-
-    def samples(self, source: Given) -> list[Sample]:
-        return source.rows
-
-    def labels(self, source: Given) -> Tensor:
-        return torch.tensor([row.label for row in source.rows])
-
-    def images(self, source: Given) -> Tensor:
-        return source.x
+class Scaled(Given):
+    """With a logit scale and bias, and the axes as classes."""
 
     encoder = SimpleNamespace(logit_scale=torch.tensor(10.0).log(), logit_bias=torch.tensor(-7.0))
 
@@ -62,7 +36,7 @@ def world(n: int = 200, classes: int = 4, seed: int = 0) -> Any:
     rng = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (n,), generator=rng)
     x = torch.randn(n, classes, generator=rng) + F.one_hot(labels, classes)
-    return Given(x, labels.tolist())
+    return Scaled(x, labels.tolist())
 
 
 def probabilities(source: Any) -> Tensor:
@@ -177,16 +151,16 @@ def test_statistics_are_the_metrics() -> None:
 
 
 def test_ties_are_wrong() -> None:
-    source: Any = Given(torch.ones(4, 2), [0, 1, 0, 1])
+    source: Any = Scaled(torch.ones(4, 2), [0, 1, 0, 1])
     found = Calibration()(source, source).metrics
     assert found["accuracy"] == 0 and found["mean_confidence"] == pytest.approx(0.5)
 
 
 def test_bad_input_is_one_line() -> None:
-    source: Any = Given(torch.ones(1, 2), [0], classes=2)
+    source: Any = Scaled(torch.ones(1, 2), [0], classes=2)
     with pytest.raises(InputError, match="too few samples to fit on one half; leave out fit_temperature"):
         Calibration(fit_temperature=True)(source, source)
-    one: Any = Given(torch.ones(2, 2), [0, 0])
+    one: Any = Scaled(torch.ones(2, 2), [0, 0])
     with pytest.raises(InputError, match="has 1 classes where two or more are needed"):
         Calibration()(EncoderFeatures(tiny_clip()), one)
     with pytest.raises(InputError, match="fit_temperatur"):

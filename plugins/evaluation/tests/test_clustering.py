@@ -8,47 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from clipgraft.data.base import Sample
 from clipgraft.errors import InputError
 from clipgraft.evaluation.features import EncoderFeatures
 from clipgraft.evaluation.statistics import intervals, value
+from clipgraft.testing.given import Given
 from clipgraft.testing.tiny import tiny_clip
 from clipgraft_evaluation.clustering import Agreement, Clustering
 
 SCORES: Any = ("nmi", "accuracy", "ari")
-
-
-def pixels(seed: int, side: int = 32) -> Tensor:
-    return torch.randint(0, 256, (3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-
-
-class Given:
-    """A source, and its features as numbers."""
-
-    name, templates, attributes = "given", (), {}
-
-    def __init__(self, x: Tensor, labels: Sequence[int], *, classes: int | None = None, prefix: str = "s") -> None:
-        self.x, self.classes = F.normalize(x, dim=-1), [f"c{k}" for k in range(classes or max(labels) + 1)]
-        self.rows = [Sample(f"{prefix}{i}", pixels(i), label=int(label)) for i, label in enumerate(labels)]
-        self.fingerprint = repr((prefix, list(labels)))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.rows[index]
-
-    def samples(self, source: Given) -> list[Sample]:
-        return source.rows
-
-    def labels(self, source: Given) -> Tensor:
-        return torch.tensor([row.label for row in source.rows])
-
-    def images(self, source: Given) -> Tensor:
-        return source.x
 
 
 def columns(n: int, classes: int, clusters: int, seed: int = 0) -> list[dict[str, Any]]:

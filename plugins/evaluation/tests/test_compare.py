@@ -173,6 +173,7 @@ def clipgraft_encoders():
     (("A", "B", "--on", "absent"), "unknown evaluator 'absent'"),
     (("A", "B", "--alpha", "1"), "--alpha is 1.0"),
     (("saved", "saved", "--on", "zero-shot"), "both sides are results already"),
+    (("saved", "savde"), "savde is no folder of clipgraft eval --out"),
     (("saved", "other"), "share no evaluator: x against y"),
     (("saved", "moved"), "x: the two results share no sample"),
 ])  # fmt: skip

@@ -4,55 +4,24 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.nn import functional as F
 
 from clipgraft.data import open_source
-from clipgraft.data.base import Sample
 from clipgraft.errors import InputError
 from clipgraft.evaluation.features import EncoderFeatures
 from clipgraft.evaluation.probe import Probe
 from clipgraft.evaluation.statistics import intervals, value
+from clipgraft.testing.given import Given, noise
 from clipgraft.testing.tiny import tiny_clip
 from clipgraft_evaluation import knn
 from clipgraft_evaluation.knn import Knn, even_half, neighbours
-
-
-def pixels(seed: int, side: int = 32) -> Tensor:
-    return torch.randint(0, 256, (3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-
-
-class Given:
-    """A source, and its features as numbers."""
-
-    name, templates, attributes = "given", (), {}
-
-    def __init__(self, x: Tensor, labels: Sequence[int], *, classes: int | None = None, prefix: str = "s") -> None:
-        self.x, self.classes = F.normalize(x, dim=-1), [f"c{k}" for k in range(classes or max(labels) + 1)]
-        self.rows = [Sample(f"{prefix}{i}", pixels(i), label=int(label)) for i, label in enumerate(labels)]
-        self.fingerprint = repr((prefix, list(labels)))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.rows[index]
-
-    def samples(self, source: Given) -> list[Sample]:
-        return source.rows
-
-    def labels(self, source: Given) -> Tensor:
-        return torch.tensor([row.label for row in source.rows])
-
-    def images(self, source: Given) -> Tensor:
-        return source.x
 
 
 def clouds(n: int = 120, classes: int = 5, seed: int = 0, spread: float = 0.6, prefix: str = "s") -> Given:
@@ -65,7 +34,7 @@ def folder(root: Path, n: int, *, seed: int = 0) -> str:
     for i in range(n):
         path = root / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels(seed + i).permute(1, 2, 0).numpy()).save(path)
+        Image.fromarray(noise(seed + i).permute(1, 2, 0).numpy()).save(path)
     return f"folder:{root}"
 
 

@@ -69,6 +69,10 @@ def measure_both(
     folders = {reference: results_folder(reference) for reference in dict.fromkeys((a, b))}
     models = [reference for reference, folder in folders.items() if folder is None]
     if models:
+        if len(models) < len(folders) and not on and suite is None:
+            raise InputError(
+                f"{models[0]} is no folder of clipgraft eval --out; give one, or say with --on what to measure on it"
+            )
         check_requested(on, suite, registry=registry)
     elif on or suite is not None:
         raise InputError(
