@@ -603,6 +603,13 @@ def test_evaluate_names_results_in_full() -> None:
     assert all(low <= alone.metrics[name] <= high for name, (low, high) in spans.items())
 
 
+def test_intervals_can_be_left_out() -> None:
+    settings: Any = {"default_data": "p/labelled", "batch_size": 8}
+    with_them, without = run(["zero-shot"], **settings), run(["zero-shot"], spread=False, **settings)
+    assert with_them["core/zero-shot"].intervals and not without["core/zero-shot"].intervals
+    assert replace(with_them["core/zero-shot"], intervals={}) == without["core/zero-shot"]
+
+
 def test_evaluate_tells_repeated_evaluators_apart() -> None:
     def probe(data: str | None = None, **settings: Any) -> EvaluatorNode:
         return EvaluatorNode(use="linear-probe", data=data, solver="ridge", **settings)

@@ -143,8 +143,10 @@ class Run:
 
     # -- measuring -----------------------------------------------------------------------------------------------
 
-    def evaluate(self, encoder: Encoder, nodes: Sequence[EvaluatorRef]) -> dict[str, Evaluation]:
-        """The evaluators of ``nodes`` on ``encoder``."""
+    def evaluate(
+        self, encoder: Encoder, nodes: Sequence[EvaluatorRef], *, spread: bool = True
+    ) -> dict[str, Evaluation]:
+        """The evaluators of ``nodes`` on ``encoder``; with ``spread`` their intervals too."""
         from clipgraft.evaluation import evaluate
 
         settings = self.config.evaluate
@@ -157,6 +159,7 @@ class Run:
                 batch_size=settings.batch_size,
                 log=self.log,
                 classifiers=self._classifiers,
+                spread=spread,
             )
 
     def measure(self, when: str) -> dict[str, float]:
@@ -176,7 +179,8 @@ class Run:
     def evaluate_during(self, stage: TrainStage, step: int) -> None:
         """Run ``evaluate.on`` and the hooks' ``on_evaluate`` inside a stage; one JSON line in evaluations.jsonl."""
         encoder = stage.current_encoder()
-        found = self.evaluate(encoder, self.config.evaluate.on) if encoder is not None else {}
+        on = self.config.evaluate.on
+        found = self.evaluate(encoder, on, spread=False) if encoder is not None else {}  # only metrics are kept
         metrics = flat({name: e.metrics for name, e in found.items()})
         for extra in self.hooks.call("on_evaluate", run=self, stage=stage, step=step):
             if double := metrics.keys() & extra.keys():

@@ -149,12 +149,16 @@ def _unpack(part: Part | ClipgraftError) -> Part | ClipgraftError:
     return Part(items, part.bad)
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _worker_count(seconds: float, items: Sequence[Sample | Pair], *, world: int) -> int:
     """As many as cores when ``seconds`` of reading are left, within the shared memory that their parts need."""
     if seconds < WORTHWHILE or not items or multiprocessing.current_process().daemon:
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     room = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 2**40
     each = stack_images(items[:1]).nbytes * PART * 6  # two parts ahead and one at work; half is left to others
-    return min(cores // here, room // here // each, 16)
+    return min(usable_cores() // here, room // here // each, 16)

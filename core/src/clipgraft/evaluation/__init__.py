@@ -30,13 +30,15 @@ def evaluate(
     classifiers: MutableMapping[str, Tensor] | None = None,
     workers: int | None = None,
     cache: Path | str | None = None,
+    spread: bool = True,
 ) -> dict[str, Evaluation]:
     """Run the evaluators ("NAME[?KEY=VALUE&...][@SRC]") by full name; those listed more than once as "NAME@SRC".
 
     Samples that can't be read are left out and counted by the metric ``skipped``. ``classifiers`` keeps class
     embeddings between calls, for encoders whose text tower doesn't change. ``workers`` decode images; None starts as
     many as there are cores, when reading would take seconds. ``cache``: a folder that keeps features between calls,
-    under hashes of weights and data. With a process group all ranks call this, share the work, and have all results.
+    under hashes of weights and data. ``spread`` False leaves out the intervals, which take time.
+    With a process group all ranks call this, share the work, and have all results.
     """
     from clipgraft.data import open_source
     from clipgraft.evaluation.feature_cache import FeatureCache
@@ -69,9 +71,9 @@ def evaluate(
             evaluation: Evaluation = evaluator(features, source)
             if skipped := features.skipped(source):
                 evaluation = replace(evaluation, metrics={**evaluation.metrics, "skipped": float(skipped)})
-            spread = intervals(evaluation.statistics, evaluation.samples) if evaluation.samples else {}
+            drawn = intervals(evaluation.statistics, evaluation.samples) if spread and evaluation.samples else {}
             lower = (evaluation.lower | getattr(evaluator, "lower_is_better", frozenset())) & evaluation.metrics.keys()
-            found[key] = replace(evaluation, intervals=spread, lower=lower)
+            found[key] = replace(evaluation, intervals=drawn, lower=lower)
     return found
 
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from clipgraft.data.images import MAX_PIXELS, SUFFIXES, ImageFiles
 from clipgraft.encoders.base import Encoder
 from clipgraft.errors import InputError
 from clipgraft.evaluation.features import EncoderFeatures
+from clipgraft.evaluation.templates import prompt_templates
 from clipgraft.log import RunLog
 from clipgraft_embedding.stream import read, spans, usual_workers
 from clipgraft_embedding.tower import Precision, Tower, usual_batch_size
@@ -110,22 +111,15 @@ def open_images(ref: str) -> Source:
     return ImageFiles(ref, root, dict.fromkeys(sorted(found), ()), {}, (), MAX_PIXELS)
 
 
-TEMPLATES = ("plain", "simple", "openai")
+TEMPLATES = {"plain": (), "simple": "simple", "openai": "openai-imagenet"}
+"""What ``--templates`` calls the core's sets."""
 
 
 def read_templates(name: str) -> tuple[str, ...]:
     """``plain`` (one), open_clip's ``simple`` (7) or ``openai`` (80), or a file with one template per line."""
-    if name == "plain":
-        return ()
-    if name in TEMPLATES:
-        from open_clip import zero_shot_metadata
-
-        chosen: Literal["SIMPLE_IMAGENET_TEMPLATES", "OPENAI_IMAGENET_TEMPLATES"]
-        chosen = "SIMPLE_IMAGENET_TEMPLATES" if name == "simple" else "OPENAI_IMAGENET_TEMPLATES"
-        return tuple(template("{}") for template in getattr(zero_shot_metadata, chosen))
-    if not Path(name).is_file():
+    if name not in TEMPLATES and not Path(name).is_file():
         raise InputError(f"--templates {name} is neither {', '.join(TEMPLATES)} nor a file with one template per line")
-    return read_lines(Path(name), what="template")
+    return prompt_templates(TEMPLATES.get(name, f"file:{name}"))
 
 
 def read_lines(path: Path, *, what: str) -> tuple[str, ...]:

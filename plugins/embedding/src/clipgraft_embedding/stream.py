@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from clipgraft.data.base import BadSample, Source
 from clipgraft.data.images import ImageFiles
+from clipgraft.data.reading import usable_cores
 from clipgraft.data.transforms import evaluation_transform
 from clipgraft.encoders.base import Preprocess
 from clipgraft.errors import ClipgraftError, InputError
@@ -64,8 +65,7 @@ def spans(total: int, *, shard_size: int, batch_size: int) -> list[list[Span]]:
 
 def cores() -> int:
     """Cores that this process may use, its share when several processes of one launcher run here."""
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(here // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    return max(usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
 
 
 def usual_workers(source: Source, kind: Kind) -> int:
