@@ -68,3 +68,26 @@ def test_steps_come_before_noise_and_stay_in_their_range():
     many = EpsObjective(NoiseSchedule(), Echo()).draw(torch.zeros(20_000, 1))[0]
     assert (int(many.min()), int(many.max())) == (0, 999)
     assert many.float().mean() == pytest.approx(499.5, abs=10)
+
+
+def test_u04_v_and_noise_are_two_names_of_one_thing():
+    (x0, noise, t), schedule = draw(), NoiseSchedule()
+    share = schedule.alphas[t][:, None, None, None]
+    v, x_t = schedule.velocity(x0, noise, t), schedule.mix(x0, noise, t)
+    torch.testing.assert_close(v, share.sqrt() * noise - (1 - share).sqrt() * x0)
+    torch.testing.assert_close(schedule.noise_of_velocity(v, x_t, t), noise, atol=1e-5, rtol=1e-5)
+
+
+def test_u05_the_error_of_v_is_that_of_the_noise_it_implies_weighed_by_one_over_alpha_and_diffusers_agrees():
+    from diffusers import DDPMScheduler
+
+    (x0, noise, t), schedule = draw(), NoiseSchedule()
+    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    torch.testing.assert_close(schedule.velocity(x0, noise, t), DDPMScheduler(**settings).get_velocity(x0, noise, t))
+    told = torch.full((4, 3, 2), 0.3)
+    losses = EpsObjective(schedule, Echo(), target="velocity")(x0, told, t, noise)
+    implied = schedule.noise_of_velocity(torch.full_like(x0, 0.3), schedule.mix(x0, noise, t), t)
+    errors = (implied - noise).square().mean((1, 2, 3))
+    torch.testing.assert_close(losses, errors / schedule.alphas[t], rtol=1e-4, atol=1e-5)
+    in_sample = EpsObjective(schedule, Echo(), target="velocity", error="sample")(x0, told, t, noise)
+    torch.testing.assert_close(in_sample, losses * (1 - schedule.alphas[t]))

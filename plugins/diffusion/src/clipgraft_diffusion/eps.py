@@ -1,4 +1,4 @@
-"""The eps objective: clean latent, noise and a step of a DDPM schedule in, error of the named noise out."""
+"""The eps and v objectives: clean latent, noise and a step of a DDPM schedule in, error of the prediction out."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 Beta = Literal["scaled_linear", "linear"]
 Error = Literal["noise", "sample"]
+Target = Literal["noise", "velocity"]
+"""What a model puts out: the noise, or v = sqrt(ab_t) noise - sqrt(1 - ab_t) x0 (Salimans and Ho 2022)."""
 
 
 class EpsDenoiser(Protocol):
@@ -20,7 +22,7 @@ class EpsDenoiser(Protocol):
         """Pixels (B, 3, H, W') in [0, 1] -> clean latents (B, ...), fp32, without gradient."""
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """Noisy latents (B, ...), steps (B,) int64, condition (B, L, width) -> the noise (B, ...) in fp32."""
+        """Noisy latents (B, ...), steps (B,) int64, condition (B, ...) -> what it predicts (B, ...) in fp32."""
 
 
 class NoiseSchedule(nn.Module):
@@ -54,12 +56,25 @@ class NoiseSchedule(nn.Module):
         signal, rest = self.levels(t, x0)
         return signal * x0 + rest * noise
 
+    def velocity(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Clean latents, noise (B, ...) and steps (B,) -> v = sqrt(ab_t) noise - sqrt(1 - ab_t) x0."""
+        signal, rest = self.levels(t, x0)
+        return signal * noise - rest * x0
+
+    def noise_of_velocity(self, v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """v and noisy latents (B, ...), steps (B,) -> the noise sqrt(ab_t) v + sqrt(1 - ab_t) x_t."""
+        signal, rest = self.levels(t, x_t)
+        return signal * v + rest * x_t
+
 
 class EpsObjective(nn.Module):
-    """Mean squared error of the noise that ``denoiser`` names, per sample; steps uniform in [low, high).
+    """Mean squared error of what ``denoiser`` predicts, per sample; steps uniform in [low, high).
 
-    Deviation: ``error="sample"`` states the same error in the clean latent, (1 - ab_t) / ab_t times as large, so that
-    all noise levels weigh alike; a miniature trains near pure noise, where the error of the noise hardly moves.
+    ``target`` says what that is. The error of v is that of the noise it implies, weighed by 1 / ab_t.
+
+    Deviation: ``error="sample"`` states the same error in the clean latent, (1 - ab_t) / ab_t times that of the noise
+    and 1 - ab_t times that of v, so that all noise levels weigh alike; a miniature trains near pure noise, where the
+    error of the noise hardly moves.
     """
 
     def __init__(
@@ -70,11 +85,13 @@ class EpsObjective(nn.Module):
         low: int = 0,
         high: int | None = None,
         error: Error = "noise",
+        target: Target = "noise",
     ) -> None:
         super().__init__()
         self.schedule: NoiseSchedule = schedule
         self.denoiser: EpsDenoiser = denoiser
         self.low, self.high, self.error = low, len(schedule) if high is None else high, error
+        self.target: Target = target
 
     def draw(self, x0: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Steps (B,) first, then the noise (B, ...): the official order."""
@@ -82,10 +99,11 @@ class EpsObjective(nn.Module):
         return t, torch.randn(x0.shape, device=x0.device, generator=generator)
 
     def forward(self, x0: Tensor, condition: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Clean latents (B, ...), condition (B, L, width), steps (B,), noise (B, ...) -> losses (B,)."""
-        predicted = self.denoiser(self.schedule.mix(x0, noise, t), t, condition)
-        losses = (predicted.float() - noise).square().flatten(1).mean(1)
+        """Clean latents (B, ...), condition (B, ...), steps (B,), noise (B, ...) -> losses (B,)."""
+        predicted = self.denoiser(self.schedule.mix(x0, noise, t), t, condition).float()
+        wanted = noise if self.target == "noise" else self.schedule.velocity(x0, noise, t)
+        losses = (predicted - wanted).square().flatten(1).mean(1)
         if self.error == "noise":
             return losses
         share = self.schedule.alphas[t]
-        return losses * (1 - share) / share
+        return losses * ((1 - share) / share if self.target == "noise" else 1 - share)

@@ -15,20 +15,23 @@ from torch.nn import functional as F
 from clipgraft.encoders.base import Encoder
 from clipgraft.errors import InputError
 from clipgraft.types import FeatureRequest, ImageFeatures
-from clipgraft_diffusion.eps import NoiseSchedule
+from clipgraft_diffusion.eps import NoiseSchedule, Target
 
 TOKENS = FeatureRequest(tokens=True)
 
 
 class FlowGenerator(nn.Module):
-    """(x_t, t, condition) -> noise, for the standardised patch tokens (B, N, W) of ``tower``.
+    """(x_t, t, condition) -> noise (or v), for the standardised patch tokens (B, N, W) of ``tower``.
 
     A step of the DDPM schedule is a time of the flow: x_t divided by (sqrt(ab_t) + sqrt(1 - ab_t)) lies on the flow's
     straight line at time sqrt(1 - ab_t) / (sqrt(ab_t) + sqrt(1 - ab_t)), exactly. ``tower``'s text side is the one that
-    the generator was told with; the condition is the unit mean of the tokens given.
+    the generator was told with; the condition is the unit mean of the tokens given, or without ``unit`` what is given.
+    ``target`` says what comes out: the noise, or v.
     """
 
-    def __init__(self, flow: nn.Module, tower: Encoder, *, schedule: NoiseSchedule) -> None:
+    def __init__(
+        self, flow: nn.Module, tower: Encoder, *, schedule: NoiseSchedule, unit: bool = True, target: Target = "noise"
+    ) -> None:
         super().__init__()
         if not hasattr(flow, "standardise"):
             raise InputError(
@@ -38,7 +41,8 @@ class FlowGenerator(nn.Module):
         self.flow: Any = flow.requires_grad_(False).eval()
         self.tower: Encoder = tower.requires_grad_(False).eval()
         self.schedule: NoiseSchedule = schedule
-        self.width = tower.image.embed_dim
+        self.width, self.unit = tower.image.embed_dim, unit
+        self.target: Target = target
 
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> Tensor:
@@ -48,13 +52,13 @@ class FlowGenerator(nn.Module):
         return found
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """x_t (B, N, W), steps (B,), condition (B, L, width) -> noise (B, N, W) in fp32."""
+        """x_t (B, N, W), steps (B,), condition (B, L, width) or (B, E) -> noise or v (B, N, W) in fp32."""
         signal, rest = self.schedule.levels(t, x_t)
         both = signal + rest
-        told = F.normalize(condition.float().mean(1), dim=-1)
+        told = F.normalize(condition.float().mean(1), dim=-1) if self.unit else condition.float()
         clean: Tensor = self.flow(x_t / both, (rest / both).flatten(), told)
         noise: Tensor = (x_t - signal * clean.float()) / rest
-        return noise
+        return noise if self.target == "noise" else signal * noise - rest * clean.float()
 
 
 def forget(module: nn.Module) -> nn.Module:
