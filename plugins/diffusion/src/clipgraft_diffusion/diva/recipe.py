@@ -19,34 +19,43 @@ from clipgraft.runner import Run
 from clipgraft.types import Batch, ImageFeatures
 from clipgraft_diffusion.anchor import Anchor
 from clipgraft_diffusion.crops import CROP, Crops
+from clipgraft_diffusion.decoder import DecoderStage
 from clipgraft_diffusion.diva.config import DivaConfig
 from clipgraft_diffusion.diva.stage import Critique, DivaStage
 from clipgraft_diffusion.eps import EpsDenoiser, EpsObjective, NoiseSchedule
 from clipgraft_diffusion.generator import FlowGenerator, forget
+from clipgraft_diffusion.pretraining import STAGE as DECODER
+from clipgraft_diffusion.pretraining import CaptionTeller, decoder_problems, decoder_stage, trained_decoder
 from clipgraft_diffusion.prompt import CrossCondition, fit_projection
 from clipgraft_diffusion.recap import local_projection
 from clipgraft_diffusion.source import Part, held_out_split
 from clipgraft_diffusion.unet import StableDiffusion, diffusion_problems, open_stable_diffusion
+from clipgraft_diffusion.watch import watch, watch_problems
 
 
 class Diva:
-    """One stage, ``clip``."""
+    """Stage ``clip``; with ``denoiser.kind: train`` a stage ``decoder`` before it, which pretrains the generator."""
 
     def __init__(self, config: DivaConfig) -> None:
         self.config = config
 
     def plan(self) -> list[StagePlan]:
-        """The stage."""
-        return [StagePlan("clip", self._clip)]
+        """The stages in order; a run without feedback needs no generator."""
+        clip = StagePlan("clip", self._clip)
+        trains = self.config.denoiser.kind == "train" and self.config.weight > 0
+        return [StagePlan(DECODER, self._decoder), clip] if trains else [clip]
 
     def check(self, run: Run) -> list[str]:
         """Parts that are missing and settings that don't fit the tower or the generator, seen before any work."""
-        c, problems = self.config, []
+        c, problems = self.config, watch_problems(run, self.config.watch)
         if c.precision == "fp16":
             problems.append("precision fp16 can't scale the gradient inside the generator; set it to bf16 or fp32")
         if not c.weight:
             return problems
         problems += _said(lambda: self._told_tokens(run.encoder))
+        if c.denoiser.kind == "train":
+            problems += decoder_problems(run, c.decoder, captions=True) + _said(self._levels_are_learnt)
+            return problems + self._caption_problems(run)
         if c.denoiser.kind == "head":
             return problems + _said(lambda: self._generator(run, run.encoder)) + self._caption_problems(run)
         if c.condition.captions is not None:
@@ -54,7 +63,14 @@ class Diva:
         noise = {"beta_schedule": c.noise.beta, "beta_start": c.noise.start, "beta_end": c.noise.end}
         tokens = None if problems or c.condition.combine != "add" else self._told_tokens(run.encoder)
         return problems + diffusion_problems(
-            c.denoiser.from_, size=c.denoiser.size, noise=noise | {"num_train_timesteps": c.noise.steps}, tokens=tokens
+            c.denoiser.from_,
+            size=c.denoiser.size,
+            noise=noise | {"num_train_timesteps": c.noise.steps},
+            tokens=tokens,
+            prompt=c.condition.combine != "none",
+            revision=c.denoiser.revision,
+            weights=c.denoiser.part_weights(seed=run.seed),
+            log=run.log,
         )
 
     def _told_tokens(self, encoder: Encoder) -> int:
@@ -79,7 +95,31 @@ class Diva:
             return ["condition.captions needs a model with a text tower; set it to null"]
         return _said(lambda: run.open_source(self.config.condition.captions or ""))
 
-    # -- the stage -----------------------------------------------------------------------------------------------
+    def _levels_are_learnt(self) -> None:
+        """Refuse steps at noise levels that the decoder never met."""
+        n, d, share = self.config.noise, self.config.decoder, self._schedule().alphas
+        drawn = share[[n.low, (n.high or n.steps) - 1]].sqrt()
+        first, last = ((1 - drawn.square()).sqrt() / (drawn + (1 - drawn.square()).sqrt())).tolist()
+        if first < d.low - 0.01 or last > d.high + 0.01:
+            raise InputError(
+                f"noise draws levels {first:.2f} to {last:.2f} of the generator's flow, which learns {d.low:g} to "
+                f"{d.high:g}; set decoder.low and decoder.high, or noise.low and noise.high"
+            )
+
+    # -- stages --------------------------------------------------------------------------------------------------
+
+    def _decoder(self, run: Run) -> DecoderStage:
+        """The generator's pretraining: a text-to-image model in miniature."""
+        base = self._base(run)
+        return decoder_stage(
+            run,
+            self.config.decoder,
+            base=base,
+            teller=CaptionTeller(base),
+            told=base.image.embed_dim,
+            unit=True,
+            captions=True,
+        )
 
     def _clip(self, run: Run) -> DivaStage:
         c = self.config
@@ -88,9 +128,9 @@ class Diva:
         if wide:
             whole = Crops(whole, size=c.denoiser.size, area=c.crop, seed=run.seed)
         source, held = held_out_split(whole, batch_size=c.train.batch_size, most=32 if wide else 256)
-        base = apply_grafts(run.base_encoder(), c.grafts, registry=run.registry)
+        base = self._base(run)
         fixed, again = wide or c.crop is None, c.train.steps * c.train.batch_size > len(source)
-        return DivaStage(
+        stage = DivaStage(
             "clip",
             train=c.train,
             source=source,
@@ -106,16 +146,27 @@ class Diva:
             train_condition=c.condition.train,
             log=run.log,
         )
+        return watch(run, stage, c.watch, base=base)
+
+    def _base(self, run: Run) -> Encoder:
+        """The untouched encoder, with the grafts that the run started with (another image size, say)."""
+        return apply_grafts(run.base_encoder(), self.config.grafts, registry=run.registry)
 
     def _critique(self, run: Run, base: Encoder, source: Source) -> Critique:
         c = self.config
         schedule = self._schedule().to(run.device)
         denoiser: EpsDenoiser
-        if c.denoiser.kind == "head":
+        if c.denoiser.kind != "diffusers":
             denoiser = self._generator(run, base)
         else:
             denoiser = open_stable_diffusion(
-                c.denoiser.from_, prompt=c.denoiser.prompt, compat=c.compat, checkpointing=c.denoiser.checkpointing
+                c.denoiser.from_,
+                prompt=c.denoiser.prompt,
+                compat=c.compat,
+                checkpointing=c.denoiser.checkpointing,
+                revision=c.denoiser.revision,
+                weights=c.denoiser.part_weights(seed=run.seed),
+                log=run.log,
             ).to(run.device)
             if c.denoiser.random:
                 forget(denoiser.unet)
@@ -123,7 +174,7 @@ class Diva:
         condition = CrossCondition(
             base.image.embed_dim, denoiser.width, prompt=prompt, combine=c.condition.combine, unit=c.condition.unit
         ).to(run.device)
-        if isinstance(denoiser, FlowGenerator) and c.condition.captions is not None:
+        if isinstance(denoiser, FlowGenerator) and self._captions:
             self._fit(run, condition, base, denoiser.tower, source)
         return Critique(
             recap=c.recap.build(),
@@ -139,8 +190,12 @@ class Diva:
         return NoiseSchedule(beta=n.beta, start=n.start, end=n.end, steps=n.steps)
 
     def _generator(self, run: Run, base: Encoder) -> FlowGenerator:
-        """The registered generator with the tower whose tokens it restores."""
+        """The registered generator with the tower whose tokens it restores, or the one that the first stage left."""
         d = self.config.denoiser
+        if d.kind == "train":
+            told = base.image.embed_dim
+            own = trained_decoder(run, self.config.decoder, base=base, told=told, unit=True)
+            return FlowGenerator(forget(own) if d.random else own, base, schedule=self._schedule()).to(run.device)
         tower, size = run.open_encoder(d.tower or ""), base.preprocess.size
         if tower.preprocess.size != size:
             raise InputError(
@@ -151,21 +206,31 @@ class Diva:
         return FlowGenerator(forget(flow) if d.random else flow, tower, schedule=self._schedule()).to(run.device)
 
     def _fit(self, run: Run, condition: CrossCondition, base: Encoder, tower: Encoder, source: Source) -> None:
-        """The projection that takes CLIP's texts to where the generator's text tower puts them."""
+        """The projection that takes CLIP's texts to where the generator's text tower puts them.
+
+        Between a text tower and itself that is the identity, plus the way from the images' mean to the texts'.
+        """
         c = self.config.condition
-        captioned = run.open_source(c.captions or "")
+        captioned = run.open_source(self._captions or "")
         texts = [
             text
             for sample in (captioned[i] for i in range(min(c.samples, len(captioned))))
             for text in (sample.captions[:1] or _class_prompt(captioned, sample.label))
         ]
         if len(texts) < 2:
-            raise InputError(f"condition.captions {c.captions} holds no captions; name data with a caption column")
+            raise InputError(f"{self._captions} holds no captions; name data with a caption column in condition.captions")
         seen = EncoderFeatures(base).images(Part(source, range(min(c.samples, len(source)))))
         told, wanted = EncoderFeatures(base).texts(texts), EncoderFeatures(tower).texts(texts)
         device = condition.project.weight.device
         fit = fit_projection(condition.project, told=told.to(device), wanted=wanted.to(device), seen=seen.to(device))
         run.log.info(f"clip: the projection explains {fit:.1%} of the generator's text space ({len(texts)} captions)")
+
+    @property
+    def _captions(self) -> str | None:
+        """What the projection is fitted to."""
+        c = self.config
+        own = c.decoder.data or c.data.from_ if c.denoiser.kind == "train" else None
+        return c.condition.captions or own
 
     def _anchor(self, base: Encoder, source: Source) -> Anchor:
         """Zero-shot decisions over the source's classes where it has some and the encoder can read them."""

@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from clipgraft.config.schema import Config, RunConfig, TrainConfig
 from clipgraft_diffusion.flow import LogitNormal, TimeLaw, Uniform
+from clipgraft_diffusion.weights import Origin, Sha256, refuse_both
+from clipgraft_diffusion.watch import WatchConfig
 
 NOTHING = "clip.weight and clip.anchor.weight are both 0, nothing would be trained; raise one"
 
@@ -18,9 +20,17 @@ class LatentConfig(Config):
     kind: Literal["vae", "tokens"] = Field("tokens", description="a VAE latent, or patch tokens of a frozen tower")
     vae: str = Field("black-forest-labs/FLUX.1-dev", description="directory or Hugging Face id of an AutoencoderKL")
     subfolder: str | None = Field("vae", description="folder of the autoencoder inside the Hugging Face repository")
+    revision: str | None = Field(None, description="branch, tag or commit of the Hugging Face id")
+    sha256: Sha256 | None = Field(None, description="pins the autoencoder's safetensors")
+    weights: Origin = Field("pretrained", description="random: the autoencoder's, from its config.json alone")
     of: str = Field("self", description="whose tokens: self (the untouched base) or any model reference")
     pool: int = Field(1, gt=0, description="average pool x pool neighbouring tokens")
     samples: int = Field(2048, gt=1, description="training images for the tokens' mean and spread")
+
+    @model_validator(mode="after")
+    def _pinned_or_random(self) -> LatentConfig:
+        refuse_both(self.weights, self.sha256)
+        return self
 
 
 class ConditionConfig(Config):
@@ -122,6 +132,7 @@ class GenHancerConfig(RunConfig):
     denoiser: DenoiserConfig = DenoiserConfig()
     flow: FlowConfig = FlowConfig()
     crop: tuple[float, float] | None = Field((0.9, 1.0), description="area range of the random crop; null: none")
+    watch: WatchConfig = WatchConfig()
     generator: GeneratorConfig
     clip: ClipConfig
 

@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from clipgraft.config.schema import Config, RunConfig
 from clipgraft_diffusion.genhancer.config import NOTHING, GeneratorConfig, TowerConfig
 from clipgraft_diffusion.masked import MaskLaw
+from clipgraft_diffusion.weights import Origin, Sha256, refuse_both
+from clipgraft_diffusion.watch import WatchConfig
 
 
 class CodesConfig(Config):
@@ -17,11 +19,19 @@ class CodesConfig(Config):
     kind: Literal["vq", "tokens"] = Field("tokens", description="a VQ model's codes, or a tower's tokens by k-means")
     vq: str = Field("amused/amused-512", description="directory or Hugging Face id of a diffusers VQModel")
     subfolder: str | None = Field("vqvae", description="folder of the VQ model inside the Hugging Face repository")
+    revision: str | None = Field(None, description="branch, tag or commit of the Hugging Face id")
+    sha256: Sha256 | None = Field(None, description="pins the VQ model's safetensors")
+    weights: Origin = Field("pretrained", description="random: the VQ model's, from its config.json alone")
     pixels: Literal["symmetric", "unit"] = Field("unit", description="the VQ model's pixels: -1..1, or 0..1 (aMUSEd)")
     of: str = Field("self", description="whose tokens: self (the untouched base) or any model reference")
     pool: int = Field(1, gt=0, description="average pool x pool neighbouring tokens")
     size: int = Field(256, gt=1, description="codes that k-means makes of the tokens")
     samples: int = Field(1024, gt=1, description="training images for the tokens' statistics and codes")
+
+    @model_validator(mode="after")
+    def _pinned_or_random(self) -> CodesConfig:
+        refuse_both(self.weights, self.sha256)
+        return self
 
 
 class ConditionConfig(Config):
@@ -70,6 +80,7 @@ class DiscreteConfig(RunConfig):
     perceiver: PerceiverConfig = PerceiverConfig()
     mask: MaskConfig = MaskConfig()
     crop: tuple[float, float] | None = Field((0.9, 1.0), description="area range of the random crop; null: none")
+    watch: WatchConfig = WatchConfig()
     generator: GeneratorConfig
     clip: MaskedClipConfig
 

@@ -20,6 +20,7 @@ from clipgraft_diffusion.genhancer.parts import Generator, pixel_batches
 from clipgraft_diffusion.genhancer.stages import ClipStage, GeneratorStage
 from clipgraft_diffusion.source import held_out_split
 from clipgraft_diffusion.target import Latent, Target
+from clipgraft_diffusion.watch import watch, watch_problems
 
 
 class GenHancer:
@@ -42,7 +43,7 @@ class GenHancer:
 
     def check(self, run: Run) -> list[str]:
         """Sizes that don't fit and files that aren't there, seen before any work."""
-        problems = self.generator.sizes()
+        problems = watch_problems(run, self.config.watch) + self.generator.sizes()
         return problems + self.generator.files(run) if self.config.clip.weight else problems
 
     # -- stages --------------------------------------------------------------------------------------------------
@@ -76,7 +77,7 @@ class GenHancer:
             feedback.condition.load_state_dict(run.component("generator", "condition"))
             if (fitted := latent.fitted()) is not None:
                 fitted.load_state_dict(run.component("generator", "latent"))
-        return ClipStage(
+        stage = ClipStage(
             "clip",
             train=c.clip.train,
             source=source,
@@ -91,6 +92,7 @@ class GenHancer:
             anchor_weight=c.clip.anchor.weight,
             crop=c.crop,
         )
+        return watch(run, stage, c.watch, base=base)
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
