@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 
@@ -8,6 +9,7 @@ from clipgraft.evaluation import records as saved
 from clipgraft.evaluation.base import Evaluation
 from clipgraft.registry import Registry
 from clipgraft_evaluation.pairs import cards, change
+from clipgraft_evaluation.report import write_report
 from clipgraft_evaluation.rundir import read_run
 
 
@@ -50,6 +52,27 @@ def test_cards_take_the_patterns_in_turn_and_survive_shifted_rows(run_dir, squar
         saved.save(folder, {"core/pairs": Evaluation({}, samples=kept)})
     found = cards(run, "core/pairs", ["p29", "p1"], at_most=5)
     assert [c.id for c in found] == ["p29", "p1"] and found[0].texts[1] == "square 29 on the right"
+
+
+def test_a_card_says_what_each_text_picked(run_dir, squares: Registry) -> None:  # type: ignore[no-untyped-def]
+    margins = {"before": [[0.2, -0.1], [0.0, 0.3]], "after": [[0.4, 0.1], [0.1, -0.2]]}
+    for when, given in margins.items():
+        rows = [
+            {"id": f"p{i}", "pattern": "colour", "correct": min(given[i % 2]) > 0, "margins": given[i % 2]}
+            for i in range(4)
+        ]
+        saved.save(run_dir / "evaluation" / when, {"core/pairs": Evaluation({}, samples=tuple(rows))})
+    gained, lost = cards(read_run(run_dir), "core/pairs", ["p0", "p1"], at_most=2)
+    assert gained.picked == (("this", "this"), ("other", "this"))
+    assert lost.picked == (("neither", "this"), ("this", "other"))
+    page = " ".join(re.sub(r"<[^>]+>", " ", write_report(run_dir).read_text("utf-8")).split())
+    assert "square 0 on the right before: other after: this orientation p0" in page
+    assert "what it picked before and after" in page
+
+
+def test_records_without_margins_make_cards_without_picks(run_dir, squares: Registry) -> None:  # type: ignore[no-untyped-def]
+    assert [card.picked for card in cards(read_run(run_dir), "core/pairs", ["p0"], at_most=1)] == [()]
+    assert "what it picked" not in write_report(run_dir).read_text("utf-8")
 
 
 def test_nothing_changed_opens_no_data(run_dir) -> None:  # type: ignore[no-untyped-def]

@@ -32,12 +32,17 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One pair for the page: two pictures as data URIs, their two texts, what they differ in."""
+    """One pair for the page: two pictures as data URIs, their two texts, what they differ in.
+
+    ``picked`` says for each text which image it picked before and after: "this" (its own), "other", "neither" (a tie).
+    Empty when the records don't tell.
+    """
 
     id: str
     pattern: str
     pictures: tuple[str, str]
     texts: tuple[str, str]
+    picked: tuple[tuple[str, str], ...] = ()
 
 
 def change(before: Sequence[Record], after: Sequence[Record]) -> Change | None:
@@ -61,10 +66,10 @@ def cards(run: RunRecord, evaluator: str, names: Sequence[str], *, at_most: int)
     if not names or reference is None:
         return []
     source: PairSource = open_source(reference)  # type: ignore[assignment]
-    rows = [str(r["id"]) for r in run.samples("before", evaluator)]
-    patterns = {str(r["id"]): str(r.get("pattern", "")) for r in run.samples("before", evaluator)}
-    chosen = _mixed([(name, patterns[name]) for name in names])[:at_most]
-    return [_card(pair) for pair in _find(source, chosen, rows)]
+    before = {str(r["id"]): r for r in run.samples("before", evaluator)}
+    after = {str(r["id"]): r for r in run.samples("after", evaluator)}
+    chosen = _mixed([(name, str(before[name].get("pattern", ""))) for name in names])[:at_most]
+    return [_card(pair, before[pair.id], after[pair.id]) for pair in _find(source, chosen, list(before))]
 
 
 def _mixed(named: Sequence[tuple[str, str]]) -> list[str]:
@@ -88,6 +93,11 @@ def _find(source: PairSource, names: Sequence[str], rows: Sequence[str]) -> Iter
             yield source[place[name]]
 
 
-def _card(pair: Pair) -> Card:
+def _card(pair: Pair, before: Record, after: Record) -> Card:
     pictures = (as_uri(as_image(pair.images[0])), as_uri(as_image(pair.images[1])))
-    return Card(pair.id, pair.pattern, pictures, pair.texts)
+    return Card(pair.id, pair.pattern, pictures, pair.texts, tuple(zip(_picked(before), _picked(after), strict=False)))
+
+
+def _picked(record: Record) -> list[str]:
+    """Per text the image that it picked, from the two margins by which its own image was preferred."""
+    return ["this" if m > 0 else "other" if m < 0 else "neither" for m in record.get("margins", ())]
