@@ -6,7 +6,7 @@ of ``width`` d_q on a ``grid`` (h, w), L = h*w, and the table ``vectors`` (K, d_
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any, Literal, Protocol
 
@@ -17,7 +17,7 @@ from clipgraft.encoders.base import ImageEncoder
 from clipgraft.errors import InputError
 from clipgraft.log import Bar, RunLog
 from clipgraft.types import ImageFeatures
-from clipgraft_diffusion.latent import TOKENS, Standardise, TokenLatent
+from clipgraft_diffusion.latent import TOKENS, Standardise, TokenLatent, halvings
 from clipgraft_diffusion.pretrained import Pretrained
 
 VQ = Pretrained("VQModel", "codes.vq", "VQ model", "set codes.kind to tokens")
@@ -43,11 +43,6 @@ def embed(codes: Codes, indices: Tensor) -> Tensor:
     return codes.vectors[indices]
 
 
-def vq_factor(channels: Sequence[int]) -> int:
-    """Pixels that one code covers per side: every block of the encoder but the last halves the image."""
-    return 1 << (len(channels) - 1)
-
-
 def code_grid(size: tuple[int, int], *, factor: int) -> tuple[int, int]:
     """The grid of codes of an image of ``size`` when one code covers ``factor`` x ``factor`` pixels."""
     if size[0] % factor or size[1] % factor:
@@ -70,7 +65,7 @@ class VqCodes(nn.Module):
     def __init__(self, vq: Any, *, size: tuple[int, int], pixels: Literal["symmetric", "unit"] = "symmetric") -> None:
         super().__init__()
         self.vq: Any = vq.requires_grad_(False).eval()
-        self.grid = code_grid(size, factor=vq_factor(vq.config.block_out_channels))
+        self.grid = code_grid(size, factor=halvings(vq.config.block_out_channels))
         self.size, self.width = (int(n) for n in vq.quantize.embedding.weight.shape)
         self.pixels = pixels
 

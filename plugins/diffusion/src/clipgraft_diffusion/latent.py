@@ -17,7 +17,7 @@ from clipgraft.types import FeatureRequest, ImageFeatures
 from clipgraft_diffusion.pretrained import Pretrained
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 TOKENS = FeatureRequest(tokens=True)
 
@@ -30,6 +30,11 @@ def pack(latent: Tensor) -> Tensor:
 def unpack(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """The inverse of ``pack`` for a token grid (h, w)."""
     return F.pixel_shuffle(tokens.transpose(1, 2).reshape(len(tokens), -1, *grid), 2)
+
+
+def halvings(channels: Sequence[int]) -> int:
+    """Pixels per side that one position of a diffusers encoder covers: every block but the last halves the image."""
+    return 1 << (len(channels) - 1)
 
 
 def packed_grid(size: tuple[int, int], *, factor: int = 8) -> tuple[int, int]:
@@ -54,7 +59,7 @@ class VaeLatent(nn.Module):
     def __init__(self, vae: Any, *, size: tuple[int, int]) -> None:
         super().__init__()
         self.vae: Any = vae.requires_grad_(False).eval()
-        self.grid = packed_grid(size, factor=2 ** (len(vae.config.block_out_channels) - 1))
+        self.grid = packed_grid(size, factor=halvings(vae.config.block_out_channels))
         self.channels = 4 * int(vae.config.latent_channels)
         self.scale = float(vae.config.scaling_factor)
         self.shift = float(vae.config.shift_factor or 0.0)
@@ -74,14 +79,20 @@ class VaeLatent(nn.Module):
 VAE = Pretrained("AutoencoderKL", "latent.vae", "autoencoder", "set latent.kind to tokens")
 
 
-def vae_problem(name: str, subfolder: str | None) -> str | None:
-    """Why this autoencoder can't be opened, as far as can be seen without the network; None when nothing speaks so."""
-    return VAE.problem(name, subfolder)
+def vae_problem(name: str, subfolder: str | None, **more: Any) -> str | None:
+    """Why this autoencoder can't be opened, as far as can be seen without the network; None when nothing speaks so.
+
+    ``more`` as ``Pretrained.problem`` takes it.
+    """
+    return VAE.problem(name, subfolder, **more)
 
 
-def open_vae(name: str, subfolder: str | None) -> Any:
-    """diffusers' ``AutoencoderKL`` from a local directory or a Hugging Face id, safetensors only."""
-    return VAE.open(name, subfolder)
+def open_vae(name: str, subfolder: str | None, **more: Any) -> Any:
+    """diffusers' ``AutoencoderKL`` from a local directory or a Hugging Face id, safetensors only.
+
+    ``more`` as ``Pretrained.open`` takes it.
+    """
+    return VAE.open(name, subfolder, **more)
 
 
 class Standardise(nn.Module):

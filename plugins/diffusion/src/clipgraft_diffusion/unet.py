@@ -5,6 +5,7 @@ A pretrained text-to-image model told what CLIP sees instead of words (Wang et a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,8 +13,11 @@ from torch import Tensor, nn
 
 from clipgraft.encoders.base import Preprocess
 from clipgraft.errors import InputError
+from clipgraft.log import RunLog
+from clipgraft_diffusion.latent import halvings
 from clipgraft_diffusion.opening import local_settings, open_part, part_problem
 from clipgraft_diffusion.passes import Compat
+from clipgraft_diffusion.weights import Weights
 
 SETTING = "denoiser.from"
 OTHERWISE = "name another model with denoiser.from"
@@ -24,6 +28,8 @@ PARTS = {
     "tokenizer": "tokenizer_config.json",
     "scheduler": "scheduler_config.json",
 }
+WEIGHED = ("unet", "vae", "text_encoder")
+"""The parts that have weights, which a sha256 can pin."""
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 """Mean and standard deviation per channel of pixels in [0, 1]."""
@@ -83,19 +89,46 @@ class StableDiffusion(nn.Module):
         return found
 
 
-def diffusion_problems(name: str, *, size: int, noise: dict[str, Any], tokens: int | None) -> list[str]:
+def diffusion_problems(
+    name: str,
+    *,
+    size: int,
+    noise: dict[str, Any],
+    tokens: int | None,
+    prompt: bool = True,
+    revision: str | None = None,
+    weights: Mapping[str, Weights] | None = None,
+    log: RunLog | None = None,
+) -> list[str]:
     """What can be seen without the network: missing parts, another target, another schedule, a size that doesn't fit.
 
     ``noise`` are the settings of the schedule by their names in diffusers; ``tokens`` is the number of condition
-    tokens that are added to the prompt's states, None when these are averaged.
+    tokens that are added to the prompt's states, None when these are averaged. ``prompt``: whether any state is added.
+    ``weights`` by part are looked for and compared with their sha256.
     """
+    if unknown := sorted(set(weights or {}) - set(WEIGHED)):
+        return [f"a sha256 is given for {unknown[0]}, but the parts with weights are {', '.join(WEIGHED)}"]
     found = [
-        part_problem(name, part, setting=SETTING, what=part.replace("_", " "), otherwise=OTHERWISE, file=file)
+        part_problem(
+            name,
+            part,
+            setting=SETTING,
+            what=part.replace("_", " "),
+            otherwise=OTHERWISE,
+            file=file,
+            revision=revision,
+            weights=(weights or {}).get(part),
+            log=log,
+        )
         for part, file in PARTS.items()
     ]
     if problems := [problem for problem in found if problem]:
         return problems[:1]
-    said, scheduler = [], local_settings(name, "scheduler", PARTS["scheduler"])
+
+    def settings(part: str) -> dict[str, Any] | None:
+        return local_settings(name, part, PARTS[part], revision=revision)
+
+    said, scheduler = [], settings("scheduler")
     if scheduler is not None:
         said += [said_of] if (said_of := _target_problem(name, scheduler)) else []
         said += [
@@ -103,19 +136,48 @@ def diffusion_problems(name: str, *, size: int, noise: dict[str, Any], tokens: i
             for key, value in noise.items()
             if scheduler.get(key, value) != value
         ]
-    unet, text = (
-        local_settings(name, "unet", PARTS["unet"]),
-        local_settings(name, "text_encoder", PARTS["text_encoder"]),
-    )
+    unet, text, vae = settings("unet"), settings("text_encoder"), settings("vae")
     if unet is not None:
-        step = 8 * 2 ** (len(unet.get("block_out_channels", (0,) * 4)) - 1)
+        said += _unet_problems(name, unet, vae=vae or {}, text=text if prompt else None)
+        blocks = [part.get("block_out_channels", (0,) * 4) for part in (vae or {}, unet)]
+        step = halvings(blocks[0]) * halvings(blocks[1])
         if size % step:
-            said.append(f"denoiser.size {size} can't be halved often enough; set it to a multiple of {step}")
+            said.append(
+                f"denoiser.size {size} can't be halved often enough; set it to a multiple of {step}, such as "
+                f"{max(step, round(size / step) * step)}"
+            )
     length = 77 if text is None else int(text.get("max_position_embeddings", 77))
     if tokens is not None and tokens != length:
         said.append(
             f"condition.combine add needs as many tokens as the prompt has states, {length}, but the recap gives "
             f"{tokens}; set recap to {{kind: random, k: {length - 1}}} or condition.combine to mean-add"
+        )
+    return said
+
+
+def _unet_problems(
+    name: str, unet: Mapping[str, Any], *, vae: Mapping[str, Any], text: Mapping[str, Any] | None
+) -> list[str]:
+    """A UNet that doesn't fit the parts beside it, or wants to be told more than tokens."""
+    said, width = [], unet.get("cross_attention_dim", 1280)
+    asks = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type")
+    if more := [key for key in asks if unet.get(key)]:
+        said.append(
+            f"{SETTING}: the unet of {name} wants more than tokens and a step ({more[0]} {unet[more[0]]}); "
+            "name a plain text-to-image model such as Stable Diffusion 1.5 or 2.1 base"
+        )
+    if not isinstance(width, int):
+        said.append(f"{SETTING}: the unet of {name} has cross-attention of widths {width}; name one with one width")
+    elif text is not None and int(text.get("hidden_size", width)) != width:
+        said.append(
+            f"{SETTING}: the unet of {name} has cross-attention of width {width}, but its text encoder's states have "
+            f"{text['hidden_size']}; bring parts of one model together, or set condition.combine to none"
+        )
+    channels, latent = int(unet.get("in_channels", 4)), int(vae.get("latent_channels", 4))
+    if channels != latent:
+        said.append(
+            f"{SETTING}: the unet of {name} takes {channels} channels, but its autoencoder gives {latent}; bring parts "
+            "of one model together (inpainting and upscaling models don't fit)"
         )
     return said
 
@@ -131,13 +193,25 @@ def _target_problem(name: str, scheduler: dict[str, Any]) -> str:
 
 
 def open_stable_diffusion(
-    name: str, *, prompt: str, compat: Compat = "fixed", checkpointing: bool = False
+    name: str,
+    *,
+    prompt: str,
+    compat: Compat = "fixed",
+    checkpointing: bool = False,
+    revision: str | None = None,
+    weights: Mapping[str, Weights] | None = None,
+    log: RunLog | None = None,
 ) -> StableDiffusion:
-    """A diffusers directory or Hugging Face id, safetensors only, in fp32; the prompt is encoded once."""
+    """A diffusers directory or Hugging Face id, safetensors only, in fp32; the prompt is encoded once.
+
+    ``weights`` by part (``unet``, ``vae``, ``text_encoder``) pin files or draw random weights; ``log`` is told the
+    sha256 of each.
+    """
     import diffusers
     import transformers
 
     def part(opener: Any, folder: str, **more: Any) -> Any:
+        more |= {"revision": revision, "weights": (weights or {}).get(folder), "log": log}
         return open_part(opener, name, folder, setting=SETTING, otherwise=OTHERWISE, **more)
 
     tokenizer = part(transformers.CLIPTokenizer, "tokenizer")

@@ -9,13 +9,14 @@ from pydantic import Field, model_validator
 from clipgraft.config.schema import Config, RunConfig, TrainConfig
 from clipgraft_diffusion.decoder import DecoderConfig
 from clipgraft_diffusion.genhancer.config import AnchorConfig
+from clipgraft_diffusion.objectives import NoiseConfig
 from clipgraft_diffusion.passes import Compat
 from clipgraft_diffusion.prompt import Combine
 from clipgraft_diffusion.recap import RecapConfig
+from clipgraft_diffusion.watch import WatchConfig
 from clipgraft_diffusion.weights import Origin, Sha256, Weights, chosen, refuse_both
 
 Part = Literal["unet", "vae", "text_encoder"]
-from clipgraft_diffusion.watch import WatchConfig
 
 
 class CriticConfig(Config):
@@ -73,26 +74,6 @@ class ConditionConfig(Config):
     samples: int = Field(2048, gt=1, description="captions and training images for the fit")
     train: bool = Field(True, description="train the projection too")
     shuffled: bool = Field(False, description="control arm: the critic restores another image's latent")
-
-
-class NoiseConfig(Config):
-    """The DDPM schedule and which of its steps are drawn."""
-
-    beta: Literal["scaled_linear", "linear"] = Field("scaled_linear", description="how the variances grow")
-    start: float = Field(0.00085, gt=0, lt=1, description="first variance")
-    end: float = Field(0.012, gt=0, lt=1, description="last variance")
-    steps: int = Field(1000, gt=0, description="length of the schedule")
-    low: int = Field(0, ge=0, description="first step that is drawn")
-    high: int | None = Field(None, gt=0, description="one behind the last step that is drawn; null: all")
-    error: Literal["noise", "sample"] = Field(
-        "noise", description="of the noise, or the same stated in the clean latent"
-    )
-
-    @model_validator(mode="after")
-    def _ordered(self) -> NoiseConfig:
-        if not self.low < (self.high or self.steps) <= self.steps:
-            raise ValueError(f"low {self.low} must be below high {self.high}, and high at most steps {self.steps}")
-        return self
 
 
 class DivaConfig(RunConfig):

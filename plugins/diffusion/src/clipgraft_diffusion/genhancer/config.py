@@ -7,9 +7,9 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from clipgraft.config.schema import Config, RunConfig, TrainConfig
-from clipgraft_diffusion.flow import LogitNormal, TimeLaw, Uniform
-from clipgraft_diffusion.weights import Origin, Sha256, refuse_both
+from clipgraft_diffusion.objectives import TimesConfig
 from clipgraft_diffusion.watch import WatchConfig
+from clipgraft_diffusion.weights import Origin, Sha256, refuse_both
 
 NOTHING = "clip.weight and clip.anchor.weight are both 0, nothing would be trained; raise one"
 
@@ -54,24 +54,10 @@ class DenoiserConfig(Config):
     checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
 
 
-class FlowConfig(Config):
-    """The law of noise levels."""
+class FlowConfig(TimesConfig):
+    """The law of noise levels, and how the network sees one."""
 
-    law: Literal["logit-normal", "uniform"] = Field("logit-normal", description="how times are drawn")
-    scale: float = Field(1.0, gt=0, description="spread of the logit-normal law")
-    low: float = Field(0.0, ge=0, le=1, description="of the uniform law")
-    high: float = Field(1.0, ge=0, le=1, description="of the uniform law")
     compat: Literal["official", "fixed"] = Field("fixed", description="official: timestep and ids rounded to bf16")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> FlowConfig:
-        if self.low >= self.high:
-            raise ValueError(f"low {self.low} must be below high {self.high}")
-        return self
-
-    def build(self) -> TimeLaw:
-        """The law."""
-        return LogitNormal(self.scale) if self.law == "logit-normal" else Uniform(self.low, self.high)
 
 
 class LoraConfig(Config):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from clipgraft.data.base import Source
 from clipgraft.encoders.base import Encoder
 from clipgraft.runner import Run
@@ -10,8 +12,18 @@ from clipgraft_diffusion.denoiser import FluxDenoiser, rope_axes
 from clipgraft_diffusion.feedback import Feedback
 from clipgraft_diffusion.genhancer.config import GenHancerConfig
 from clipgraft_diffusion.genhancer.parts import StageName, raw_tokens, said, teacher
-from clipgraft_diffusion.latent import TokenLatent, VaeLatent, open_vae, packed_grid, token_grid, vae_problem
+from clipgraft_diffusion.latent import (
+    VAE,
+    TokenLatent,
+    VaeLatent,
+    halvings,
+    open_vae,
+    packed_grid,
+    token_grid,
+    vae_problem,
+)
 from clipgraft_diffusion.target import Latent
+from clipgraft_diffusion.weights import chosen
 
 
 class Continuous:
@@ -31,15 +43,18 @@ class Continuous:
         """The autoencoder and the packed grid, or the teacher and its pooled grid."""
         c = self.config.latent
         if c.kind == "vae":
-            found = [problem for problem in [vae_problem(c.vae, c.subfolder)] if problem]
-            return found + said(lambda: packed_grid(run.encoder.preprocess.size))
+            if problem := vae_problem(c.vae, c.subfolder, **self._weights(run)):
+                return [problem]
+            channels = (VAE.settings(c.vae, c.subfolder, revision=c.revision) or {}).get("block_out_channels", (0,) * 4)
+            return said(lambda: packed_grid(run.encoder.preprocess.size, factor=halvings(channels)))
         return said(lambda: token_grid(self._teacher(run, run.encoder).image, pool=c.pool))
 
     def latent(self, run: Run, base: Encoder) -> VaeLatent | TokenLatent:
         """What is denoised, frozen; the statistics of tokens are still to be set."""
         c = self.config.latent
         if c.kind == "vae":
-            return VaeLatent(open_vae(c.vae, c.subfolder), size=base.preprocess.size).to(run.device)
+            vae = open_vae(c.vae, c.subfolder, **self._weights(run))
+            return VaeLatent(vae, size=base.preprocess.size).to(run.device)
         other = self._teacher(run, base)
         tower = None if other is base else other.image
         return TokenLatent(tower, like=other.image, preprocess=other.preprocess, pool=c.pool).to(run.device)
@@ -72,6 +87,10 @@ class Continuous:
             **widths,
         )
         return Feedback(GlobalCondition(base.image.embed_dim, **widths), denoiser, times=flow.build())
+
+    def _weights(self, run: Run) -> dict[str, Any]:
+        c = self.config.latent
+        return {"revision": c.revision, "weights": chosen(c.weights, c.sha256, seed=run.seed), "log": run.log}
 
     def _teacher(self, run: Run, base: Encoder) -> Encoder:
         return teacher(run, base, of=self.config.latent.of, setting="latent.of")

@@ -6,18 +6,21 @@ width, positions and decoder, and everything about stage 2's masks are our choic
 
 from __future__ import annotations
 
+from typing import Any
+
 from clipgraft.data.base import Source
 from clipgraft.encoders.base import Encoder
 from clipgraft.runner import Run
-from clipgraft_diffusion.codes import VQ, TokenCodes, VqCodes, code_grid, vq_factor
+from clipgraft_diffusion.codes import VQ, TokenCodes, VqCodes, code_grid
 from clipgraft_diffusion.condition import projector
 from clipgraft_diffusion.genhancer.discrete_config import DiscreteConfig
 from clipgraft_diffusion.genhancer.parts import StageName, raw_tokens, said, teacher
 from clipgraft_diffusion.genhancer.recipe import GenHancer
-from clipgraft_diffusion.latent import TokenLatent, token_grid
+from clipgraft_diffusion.latent import TokenLatent, halvings, token_grid
 from clipgraft_diffusion.masked import MaskedFeedback
 from clipgraft_diffusion.perceiver import Perceiver
 from clipgraft_diffusion.target import Latent
+from clipgraft_diffusion.weights import chosen
 
 
 def genhancer_discrete(config: DiscreteConfig) -> GenHancer:
@@ -42,18 +45,19 @@ class Discrete:
         """The VQ model, or the teacher and its pooled grid."""
         c = self.config.codes
         if c.kind == "vq":
-            if problem := VQ.problem(c.vq, c.subfolder):
+            if problem := VQ.problem(c.vq, c.subfolder, **self._weights(run)):
                 return [problem]
-            channels = (VQ.settings(c.vq, c.subfolder) or {}).get("block_out_channels")
+            channels = (VQ.settings(c.vq, c.subfolder, revision=c.revision) or {}).get("block_out_channels")
             size = run.encoder.preprocess.size
-            return said(lambda: code_grid(size, factor=vq_factor(channels))) if channels else []
+            return said(lambda: code_grid(size, factor=halvings(channels))) if channels else []
         return said(lambda: self._token_grid(self._teacher(run, run.encoder)))
 
     def latent(self, run: Run, base: Encoder) -> VqCodes | TokenCodes:
         """The codes, frozen; those of tokens are still to be fitted."""
         c = self.config.codes
         if c.kind == "vq":
-            return VqCodes(VQ.open(c.vq, c.subfolder), size=base.preprocess.size, pixels=c.pixels).to(run.device)
+            vq = VQ.open(c.vq, c.subfolder, **self._weights(run))
+            return VqCodes(vq, size=base.preprocess.size, pixels=c.pixels).to(run.device)
         other = self._teacher(run, base)
         tower = None if other is base else other.image
         tokens = TokenLatent(tower, like=other.image, preprocess=other.preprocess, pool=c.pool)
@@ -80,6 +84,10 @@ class Discrete:
             checkpointing=p.checkpointing,
         )
         return MaskedFeedback(projector(base.image.embed_dim, p.width), denoiser, masks=mask.build())
+
+    def _weights(self, run: Run) -> dict[str, Any]:
+        c = self.config.codes
+        return {"revision": c.revision, "weights": chosen(c.weights, c.sha256, seed=run.seed), "log": run.log}
 
     def _teacher(self, run: Run, base: Encoder) -> Encoder:
         return teacher(run, base, of=self.config.codes.of, setting="codes.of")

@@ -8,9 +8,9 @@ from pydantic import Field, model_validator
 
 from clipgraft.config.schema import Config, RunConfig
 from clipgraft_diffusion.genhancer.config import NOTHING, GeneratorConfig, TowerConfig
-from clipgraft_diffusion.masked import MaskLaw
-from clipgraft_diffusion.weights import Origin, Sha256, refuse_both
+from clipgraft_diffusion.objectives import MaskConfig
 from clipgraft_diffusion.watch import WatchConfig
+from clipgraft_diffusion.weights import Origin, Sha256, refuse_both
 
 
 class CodesConfig(Config):
@@ -47,23 +47,6 @@ class PerceiverConfig(Config):
     heads: int = Field(16, gt=0, description="attention heads; they divide width")
     layers: int = Field(6, gt=0, description="blocks on the latents")
     checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
-
-
-class MaskConfig(Config):
-    """The share of hidden codes, one per batch."""
-
-    low: float = Field(0.5, gt=0, lt=1, description="lowest share")
-    high: float = Field(0.9, gt=0, lt=1, description="highest share")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> MaskConfig:
-        if self.low > self.high:
-            raise ValueError(f"low {self.low} must not be above high {self.high}")
-        return self
-
-    def build(self) -> MaskLaw:
-        """The law."""
-        return MaskLaw(self.low, self.high)
 
 
 class MaskedClipConfig(TowerConfig):
