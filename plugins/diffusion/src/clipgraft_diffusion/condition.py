@@ -1,5 +1,7 @@
 """What the generator is told about an image: CLIP's global embedding, and nothing else.
 
+Registered as the head ``diffusion/global-token``.
+
 Shape legend of this package: B batch, D joint embedding, H x W' pixels, N latent tokens of C channels on a grid h x w,
 V width of the pooled condition, T width of the condition token.
 """
@@ -8,7 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pydantic import Field
 from torch import Tensor, nn
+
+from clipgraft.config.schema import Config
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +31,14 @@ class Condition:
 def projector(width: int, out: int) -> nn.Sequential:
     """LayerNorm -> Linear -> GELU -> Linear, (B, width) -> (B, out)."""
     return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, out), nn.GELU(), nn.Linear(out, out))
+
+
+class GlobalTokenConfig(Config):
+    """Settings of the head ``diffusion/global-token``."""
+
+    embed_dim: int = Field(gt=0, description="width D of the embedding")
+    vec_dim: int = Field(768, gt=0, description="pooled condition, modulates every block")
+    txt_dim: int = Field(4096, gt=0, description="condition token of the joint attention")
 
 
 class GlobalCondition(nn.Module):

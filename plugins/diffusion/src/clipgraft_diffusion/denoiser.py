@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipgraft_diffusion.condition import Condition
-from clipgraft_diffusion.flow import Compat, network_time, velocity_of_sample
-
-Prediction = Literal["velocity", "sample"]
+from clipgraft_diffusion.flow import Compat, Prediction, network_time, velocity_of_sample
 
 
 class Fp32Linear(nn.Linear):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,15 @@ Target = Literal["noise", "velocity"]
 """What a model puts out: the noise, or v = sqrt(ab_t) noise - sqrt(1 - ab_t) x0 (Salimans and Ho 2022)."""
 
 
+class Denoiser(Protocol):
+    """Any model that is asked what a noisy latent hides."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
+        """Noisy latents (B, ...), steps or noise levels (B,), what it is told -> what it predicts (B, ...)."""
+
+
 class EpsDenoiser(Protocol):
-    """A frozen generative model as the objective sees it. ``width`` is that of its condition."""
+    """A frozen generative model as a recipe sees it. ``width`` is that of its condition."""
 
     width: int
 
@@ -67,15 +75,62 @@ class NoiseSchedule(nn.Module):
         return signal * v + rest * x_t
 
 
-class EpsObjective(nn.Module):
-    """Mean squared error of what ``denoiser`` predicts, per sample; steps uniform in [low, high).
+class EpsLoss(nn.Module):
+    """Mean squared error of what a denoiser predicts, per sample; steps uniform in [low, high).
 
-    ``target`` says what that is. The error of v is that of the noise it implies, weighed by 1 / ab_t.
+    ``target`` says what that is. The error of v is that of the noise it implies, weighed by 1 / ab_t. ``draws`` draws
+    of step and noise are averaged; the graphs of all of them are held (``passes.several_passes`` holds one).
 
     Deviation: ``error="sample"`` states the same error in the clean latent, (1 - ab_t) / ab_t times that of the noise
     and 1 - ab_t times that of v, so that all noise levels weigh alike; a miniature trains near pure noise, where the
     error of the noise hardly moves.
     """
+
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        *,
+        low: int = 0,
+        high: int | None = None,
+        error: Error = "noise",
+        target: Target = "noise",
+        draws: int = 1,
+    ) -> None:
+        super().__init__()
+        self.schedule: NoiseSchedule = schedule
+        self.low, self.high, self.error = low, len(schedule) if high is None else high, error
+        self.target: Target = target
+        self.draws = draws
+
+    def draw(self, x0: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Steps (B,) first, then the noise (B, ...): the official order."""
+        t = torch.randint(self.low, self.high, (len(x0),), device=x0.device, generator=generator)
+        return t, torch.randn(x0.shape, device=x0.device, generator=generator)
+
+    def at(self, denoiser: Denoiser, x0: Tensor, condition: Any, t: Tensor, noise: Tensor) -> Tensor:
+        """Clean latents (B, ...), condition, steps (B,), noise (B, ...) -> losses (B,)."""
+        predicted = denoiser(self.schedule.mix(x0, noise, t), t, condition).float()
+        wanted = noise if self.target == "noise" else self.schedule.velocity(x0, noise, t)
+        losses = (predicted - wanted).square().flatten(1).mean(1)
+        if self.error == "noise":
+            return losses
+        share = self.schedule.alphas[t]
+        return losses * ((1 - share) / share if self.target == "noise" else 1 - share)
+
+    def forward(
+        self, denoiser: Denoiser, x0: Tensor, condition: Any, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Clean latents (B, ...) and their condition -> losses (B,); their mean is the objective."""
+        return averaged(self.draws, lambda: self.at(denoiser, x0, condition, *self.draw(x0, generator)))
+
+
+def averaged(draws: int, once: Callable[[], Tensor]) -> Tensor:
+    """Losses (B,) of ``draws`` draws, each sample's mean."""
+    return torch.stack([once() for _ in range(draws)]).mean(0)
+
+
+class EpsObjective(nn.Module):
+    """An ``EpsLoss`` with the frozen model that it asks; one draw, given or made by ``draw``."""
 
     def __init__(
         self,
@@ -88,22 +143,18 @@ class EpsObjective(nn.Module):
         target: Target = "noise",
     ) -> None:
         super().__init__()
-        self.schedule: NoiseSchedule = schedule
+        self.loss: EpsLoss = EpsLoss(schedule, low=low, high=high, error=error, target=target)
         self.denoiser: EpsDenoiser = denoiser
-        self.low, self.high, self.error = low, len(schedule) if high is None else high, error
-        self.target: Target = target
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """Whose steps are drawn."""
+        return self.loss.schedule
 
     def draw(self, x0: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Steps (B,) first, then the noise (B, ...): the official order."""
-        t = torch.randint(self.low, self.high, (len(x0),), device=x0.device, generator=generator)
-        return t, torch.randn(x0.shape, device=x0.device, generator=generator)
+        """Steps (B,) and noise (B, ...)."""
+        return self.loss.draw(x0, generator)
 
     def forward(self, x0: Tensor, condition: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Clean latents (B, ...), condition (B, ...), steps (B,), noise (B, ...) -> losses (B,)."""
-        predicted = self.denoiser(self.schedule.mix(x0, noise, t), t, condition).float()
-        wanted = noise if self.target == "noise" else self.schedule.velocity(x0, noise, t)
-        losses = (predicted - wanted).square().flatten(1).mean(1)
-        if self.error == "noise":
-            return losses
-        share = self.schedule.alphas[t]
-        return losses * ((1 - share) / share if self.target == "noise" else 1 - share)
+        return self.loss.at(self.denoiser, x0, condition, t, noise)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from clipgraft_diffusion.condition import GlobalCondition
 from clipgraft_diffusion.denoiser import FluxDenoiser
-from clipgraft_diffusion.flow import TimeLaw, flow_losses, mix, velocity
+from clipgraft_diffusion.flow import FlowLoss, TimeLaw
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,27 +55,31 @@ class Feedback(nn.Module):
         super().__init__()
         self.condition: GlobalCondition = condition
         self.denoiser: FluxDenoiser = denoiser
-        self.times: TimeLaw = times
+        self.loss: FlowLoss = FlowLoss(times)
         self.noise = noise
+
+    @property
+    def times(self) -> TimeLaw:
+        """The law of noise levels."""
+        return self.loss.times
+
+    @times.setter
+    def times(self, law: TimeLaw) -> None:
+        self.loss.times = law
 
     def forward(self, z: Tensor, x1: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Embedding z (B, D), clean latent x1 (B, N, C) -> losses (B,). Draws first t, then the noise."""
-        t, x0 = self.draw(x1, generator)
-        return flow_losses(self.denoiser(mix(x1, x0, t), t, self.condition(self.blurred(z))), velocity(x1, x0))
+        t, x0 = self.loss.draw(x1, generator)
+        return self.loss.at(self.denoiser, x1, self.condition(self.blurred(z)), t, x0)
 
     def blurred(self, z: Tensor) -> Tensor:
         """z (B, D) with noise on it; as it is when ``noise`` is 0, without a draw."""
         return blur(z, self.noise)
 
-    def draw(self, x1: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Noise levels (B,) and noise (B, N, C) for a batch of latents."""
-        t = self.times.sample(len(x1), device=x1.device, generator=generator)
-        return t, torch.randn(x1.shape, device=x1.device, generator=generator)
-
     @torch.no_grad()
     def condition_gap(self, z: Tensor, x1: Tensor, *, seed: int = 0) -> ConditionGap:
         """Does the generator listen? z (B, D), x1 (B, N, C); the gap is 0 for a single image."""
-        t, x0 = self.draw(x1, torch.Generator(x1.device).manual_seed(seed))
-        x_t, target, told = mix(x1, x0, t), velocity(x1, x0), self.condition(z)
-        right, wrong = (flow_losses(self.denoiser(x_t, t, c), target).mean() for c in (told, told.rolled()))
+        t, x0 = self.loss.draw(x1, torch.Generator(x1.device).manual_seed(seed))
+        told = self.condition(z)
+        right, wrong = (self.loss.at(self.denoiser, x1, c, t, x0).mean() for c in (told, told.rolled()))
         return ConditionGap(right=float(right), wrong=float(wrong))

@@ -8,12 +8,15 @@ noise x0, and the velocity to predict is ``x0 - x1``. The paper writes the mirro
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from clipgraft_diffusion.eps import Denoiser, averaged
 
 Compat = Literal["official", "fixed"]
+Prediction = Literal["velocity", "sample"]
 
 
 class TimeLaw(Protocol):
@@ -47,8 +50,8 @@ class Uniform:
 
 
 def mix(x1: Tensor, x0: Tensor, t: Tensor) -> Tensor:
-    """Clean x1 (B, N, C), noise x0 (B, N, C), noise level t (B,) -> x_t (B, N, C)."""
-    level = t[:, None, None].to(x1.dtype)
+    """Clean x1 (B, ...), noise x0 (B, ...), noise level t (B,) -> x_t (B, ...)."""
+    level = _beside(t, x1)
     return (1 - level) * x1 + level * x0
 
 
@@ -58,16 +61,52 @@ def velocity(x1: Tensor, x0: Tensor) -> Tensor:
 
 
 def velocity_of_sample(x_t: Tensor, sample: Tensor, t: Tensor, *, floor: float = 0.05) -> Tensor:
-    """The velocity that a predicted clean latent ``sample`` implies: (x_t - sample) / t, all (B, N, C).
+    """The velocity that a predicted clean latent ``sample`` implies: (x_t - sample) / t, all (B, ...).
 
     t is floored so that the error, which is divided by t squared, stays bounded near the clean end.
     """
-    return (x_t - sample) / t.clamp_min(floor)[:, None, None].to(x_t.dtype)
+    return (x_t - sample) / _beside(t.clamp_min(floor), x_t)
+
+
+def _beside(t: Tensor, x: Tensor) -> Tensor:
+    """t (B,), shaped and typed to multiply x (B, ...)."""
+    return t.view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
 
 
 def flow_losses(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error per sample in fp32: two (B, N, C) -> (B,); its mean is the objective."""
+    """Mean squared error per sample in fp32: two (B, ...) -> (B,); its mean is the objective."""
     return (predicted.float() - target.float()).square().flatten(1).mean(1)
+
+
+class FlowLoss(nn.Module):
+    """Mean squared error of the velocity, per sample; noise levels from ``times``, ``draws`` draws are averaged.
+
+    ``prediction`` says what a denoiser puts out: the velocity, or the clean latent, whose velocity is then formed.
+    """
+
+    def __init__(self, times: TimeLaw, *, prediction: Prediction = "velocity", draws: int = 1) -> None:
+        super().__init__()
+        self.times: TimeLaw = times
+        self.prediction: Prediction = prediction
+        self.draws = draws
+
+    def draw(self, x1: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Noise levels (B,) first, then the noise (B, ...)."""
+        t = self.times.sample(len(x1), device=x1.device, generator=generator)
+        return t, torch.randn(x1.shape, device=x1.device, generator=generator)
+
+    def at(self, denoiser: Denoiser, x1: Tensor, condition: Any, t: Tensor, x0: Tensor) -> Tensor:
+        """Clean latents x1 (B, ...), condition, noise levels (B,), noise x0 (B, ...) -> losses (B,)."""
+        x_t = mix(x1, x0, t)
+        out = denoiser(x_t, t, condition)
+        predicted = velocity_of_sample(x_t, out.float(), t) if self.prediction == "sample" else out
+        return flow_losses(predicted, velocity(x1, x0))
+
+    def forward(
+        self, denoiser: Denoiser, x1: Tensor, condition: Any, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Clean latents (B, ...) and their condition -> losses (B,); their mean is the objective."""
+        return averaged(self.draws, lambda: self.at(denoiser, x1, condition, *self.draw(x1, generator)))
 
 
 def network_time(t: Tensor, *, compat: Compat) -> Tensor:

@@ -7,12 +7,13 @@ entropy on masked positions alone); everything else in this file is our reading.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clipgraft_diffusion.eps import averaged
 from clipgraft_diffusion.feedback import ConditionGap, blur
 from clipgraft_diffusion.perceiver import Perceiver
 
@@ -51,6 +52,40 @@ def masked_losses(logits: Tensor, indices: Tensor, mask: Mask) -> Tensor:
     return F.cross_entropy(logits.float().transpose(1, 2), wanted, reduction="none").mean(1)
 
 
+class CodePredictor(Protocol):
+    """A model that names hidden codes; ``Perceiver`` is one."""
+
+    def embed(self, indices: Tensor) -> Tensor:
+        """Indices (B, L) -> embeddings (B, L, d)."""
+
+    def __call__(self, embeddings: Tensor, shown: Tensor, hidden: Tensor, told: Any) -> Tensor:
+        """Embeddings (B, L, d), positions shown (B, L - M) and hidden (B, M), condition -> logits (B, M, K)."""
+
+
+class MaskedTokenLoss(nn.Module):
+    """Mean cross entropy over hidden codes, per sample; masks from ``masks``, ``draws`` draws are averaged."""
+
+    def __init__(self, masks: MaskLaw, *, draws: int = 1) -> None:
+        super().__init__()
+        self.masks: MaskLaw = masks
+        self.draws = draws
+
+    def draw(self, indices: Tensor, generator: torch.Generator | None = None) -> Mask:
+        """A mask for indices (B, L): the ratio first, then the positions."""
+        return self.masks.draw(*indices.shape, device=indices.device, generator=generator)
+
+    def at(self, denoiser: CodePredictor, indices: Tensor, condition: Any, mask: Mask) -> Tensor:
+        """Indices (B, L), condition and mask -> losses (B,)."""
+        logits = denoiser(denoiser.embed(indices), mask.shown, mask.hidden, condition)
+        return masked_losses(logits, indices, mask)
+
+    def forward(
+        self, denoiser: CodePredictor, indices: Tensor, condition: Any, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Indices (B, L) and their condition -> losses (B,); their mean is the objective."""
+        return averaged(self.draws, lambda: self.at(denoiser, indices, condition, self.draw(indices, generator)))
+
+
 class MaskedFeedback(nn.Module):
     """Projector, predictor and the masked objective: (z, indices) -> loss per sample.
 
@@ -64,22 +99,17 @@ class MaskedFeedback(nn.Module):
         super().__init__()
         self.condition = condition
         self.denoiser: Perceiver = denoiser
-        self.masks: MaskLaw = masks
+        self.loss: MaskedTokenLoss = MaskedTokenLoss(masks)
         self.noise = noise
 
     def forward(self, z: Tensor, indices: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Embedding z (B, D), indices (B, L) -> losses (B,). Draws first the ratio, then the positions."""
-        mask = self.masks.draw(*indices.shape, device=indices.device, generator=generator)
-        return self._losses(self.condition(blur(z, self.noise)), indices, mask)
-
-    def _losses(self, told: Tensor, indices: Tensor, mask: Mask) -> Tensor:
-        logits = self.denoiser(self.denoiser.embed(indices), mask.shown, mask.hidden, told)
-        return masked_losses(logits, indices, mask)
+        mask = self.loss.draw(indices, generator)
+        return self.loss.at(self.denoiser, indices, self.condition(blur(z, self.noise)), mask)
 
     @torch.no_grad()
     def condition_gap(self, z: Tensor, indices: Tensor, *, seed: int = 0) -> ConditionGap:
         """Does the predictor listen? z (B, D), indices (B, L), the same mask with right and wrong conditions."""
-        mask = self.masks.draw(*indices.shape, device=indices.device, generator=torch.Generator().manual_seed(seed))
-        told = self.condition(z)
-        right, wrong = (float(self._losses(t, indices, mask).mean()) for t in (told, told.roll(1, 0)))
+        mask, told = self.loss.draw(indices, torch.Generator().manual_seed(seed)), self.condition(z)
+        right, wrong = (float(self.loss.at(self.denoiser, indices, t, mask).mean()) for t in (told, told.roll(1, 0)))
         return ConditionGap(right=right, wrong=wrong, term=self.term)

@@ -55,7 +55,52 @@ def clipgraft_heads() -> list[Component]:
             config="clipgraft_diffusion.recap:RecapConfig",
             summary="DIVA's visual dense recap: the class token and drawn, averaged or all local tokens",
             paper=DIVA,
-        )
+        ),
+        Component(
+            name="global-token",
+            target="clipgraft_diffusion.condition:GlobalCondition",
+            config="clipgraft_diffusion.condition:GlobalTokenConfig",
+            summary="GenHancer's condition: the global embedding as a pooled vector and as one token",
+            paper=GENHANCER,
+        ),
+    ]
+
+
+@hookimpl
+def clipgraft_losses() -> list[Component]:
+    """Losses that score a generator: ``loss(denoiser, x0, condition, generator=None)`` -> (B,)."""
+    return [
+        Component(
+            name="eps",
+            target="clipgraft_diffusion.objectives:eps_loss",
+            config="clipgraft_diffusion.objectives:EpsConfig",
+            summary="A generator must name the noise at a drawn step of a DDPM schedule",
+            needs=("diffusers>=0.36",),
+            paper="Ho et al., Denoising Diffusion Probabilistic Models, NeurIPS 2020, arXiv 2006.11239",
+        ),
+        Component(
+            name="v",
+            target="clipgraft_diffusion.objectives:v_loss",
+            config="clipgraft_diffusion.objectives:EpsConfig",
+            summary="A generator must name v, noise and image in one, at a drawn step of a DDPM schedule",
+            needs=("diffusers>=0.36",),
+            paper="Salimans and Ho, Progressive Distillation for Fast Sampling of Diffusion Models, ICLR 2022, "
+            "arXiv 2202.00512",
+        ),
+        Component(
+            name="flow",
+            target="clipgraft_diffusion.objectives:flow_loss",
+            config="clipgraft_diffusion.objectives:FlowLossConfig",
+            summary="A generator must name the velocity of a rectified flow at a drawn time",
+            paper="Liu et al., Flow Straight and Fast, ICLR 2023, arXiv 2209.03003",
+        ),
+        Component(
+            name="masked-token",
+            target="clipgraft_diffusion.objectives:masked_token_loss",
+            config="clipgraft_diffusion.objectives:MaskedTokenConfig",
+            summary="A generator must name an image's hidden codes from the shown ones",
+            paper=GENHANCER,
+        ),
     ]
 
 
