@@ -156,6 +156,24 @@ def test_bad_settings_are_one_clear_line(world, tmp_path, bad, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_loss_of_something_else_than_embeddings_is_refused_by_a_dry_run(world, tmp_path):
+    (tmp_path / "elsewhere.py").write_text(
+        "from clipgraft.spec import Component, hookimpl\n\n\n"
+        "@hookimpl\ndef clipgraft_losses():\n"
+        "    return [Component(name='pixels', target='torch.nn:L1Loss', summary='Pixels')]\n"
+    )
+    alone = Registry.discover(allow=[], files=[tmp_path / "elsewhere.py"])
+    changes = settings(world, losses=["core/clip", "pixels"])
+    said = r"^finetune judges embeddings, elsewhere/pixels doesn't \(Pixels\); see: clipgraft list losses$"
+    with pytest.raises(InputError, match=said):
+        run_recipe("finetune", overrides=changes, out=tmp_path / "run", dry_run=True, registry=alone)
+    with (tmp_path / "elsewhere.py").open("a") as file:
+        file.write("\n\n@hookimpl\ndef clipgraft_recipes():\n    return [Component(name='paint', target='x:y')]\n")
+    more = Registry.discover(allow=[], files=[tmp_path / "elsewhere.py"])
+    with pytest.raises(InputError, match=r"; run a recipe of its plugin: elsewhere/paint$"):
+        run_recipe("finetune", overrides=changes, out=tmp_path / "run", dry_run=True, registry=more)
+
+
 def test_a_new_run_never_overwrites_another(world, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/thesis.tex").write_text("years of work")

@@ -14,6 +14,7 @@ from clipgraft.data.base import Source
 from clipgraft.encoders.base import Encoder
 from clipgraft.losses.base import Loss, LossInputs
 from clipgraft.recipe import StagePlan
+from clipgraft.registry import Registry
 from clipgraft.runner import Run
 from clipgraft.stage import ContrastiveStage
 from clipgraft.types import Batch, FeatureRequest, ImageFeatures, StepOutput, widened
@@ -40,11 +41,12 @@ class Finetune:
         return [StagePlan("train", self._build)]
 
     def check(self, run: Run) -> list[str]:
-        """Weights that don't match the losses."""
+        """Weights that don't match the losses, and losses that judge something else than embeddings."""
         weights, losses = self.config.loss_weights, self.config.losses
         if weights and len(weights) != len(losses):
             return [f"loss_weights has {len(weights)} entries for {len(losses)} losses; give one per loss or none"]
-        return []
+        foreign = [n for n in losses if not isinstance(run.registry.build("loss", n.use, n.settings), Loss)]
+        return [_refusal(run.registry, node.use) for node in foreign]
 
     def _build(self, run: Run) -> FinetuneStage:
         c = self.config
@@ -61,6 +63,14 @@ class Finetune:
             teacher=teacher,
             max_logit_scale=c.max_logit_scale,
         )
+
+
+def _refusal(registry: Registry, name: str) -> str:
+    """What to use instead of finetune for the loss ``name``."""
+    loss = registry.get("loss", name)
+    recipes = ", ".join(r.name for r in registry.list("recipe") if r.plugin == loss.plugin)
+    way = f"run a recipe of its plugin: {recipes}" if recipes else "see: clipgraft list losses"
+    return f"finetune judges embeddings, {loss.name} doesn't ({loss.component.summary}); {way}"
 
 
 class FinetuneStage(ContrastiveStage):
