@@ -172,17 +172,23 @@ class Watch:
         if encoder.text is None:
             return "none, the model has no text tower"
         wanted = self.settings.canary
-        if wanted == "auto":
-            if len(source.classes) > 1 and bool((scene.held.labels >= 0).all()):
-                scene.canary, scene.named = scene.held, source
-                return f"the same images, {len(source.classes)} classes"
-            wanted = _offered(run, encoder)
-            if not wanted:
-                why = f"{source.name} has no classes and no suite named {SUITE} classifies any"
-                return f"none, {why}; set watch.canary to labelled images"
-        scene.named = run.open_source(wanted)
-        scene.canary = _read(scene.named, encoder, most=self.settings.images, labelled=True)
-        return f"{len(scene.canary.pixels)} images of {scene.named.name}, {len(scene.named.classes)} classes"
+        if wanted != "auto":
+            return self._open(run, encoder, wanted, scene)
+        if len(source.classes) > 1 and bool((scene.held.labels >= 0).all()):
+            scene.canary, scene.named = scene.held, source
+            return f"the same images, {len(source.classes)} classes"
+        try:
+            if offered := _offered(run, encoder):
+                return self._open(run, encoder, offered, scene)
+            why = f"no suite named {SUITE} classifies any"
+        except ClipgraftError as error:
+            why = str(error)
+        return f"none, {source.name} has no classes and {why}; set watch.canary to labelled images"
+
+    def _open(self, run: Run, encoder: Encoder, reference: str, scene: Scene) -> str:
+        named = run.open_source(reference)
+        scene.canary, scene.named = _read(named, encoder, most=self.settings.images, labelled=True), named
+        return f"{len(scene.canary.pixels)} images of {named.name}, {len(named.classes)} classes"
 
     def _look(self, run: Run, stage: TrainStage, encoder: Encoder | None, step: int) -> None:
         """One row and one line."""

@@ -127,7 +127,7 @@ class Diva:
         wide = c.denoiser.kind == "diffusers" and c.weight > 0
         if wide:
             whole = Crops(whole, size=c.denoiser.size, area=c.crop, seed=run.seed)
-        source, held = held_out_split(whole, batch_size=c.train.batch_size, most=32 if wide else 256)
+        source, held = held_out_split(whole, batch_size=c.train.batch_size)
         base = self._base(run)
         fixed, again = wide or c.crop is None, c.train.steps * c.train.batch_size > len(source)
         stage = DivaStage(
@@ -140,7 +140,7 @@ class Diva:
             anchor=self._anchor(base, source) if c.anchor.weight else None,
             weight=c.weight,
             anchor_weight=c.anchor.weight,
-            held_out=self._held_out(run, held, size=8 if wide else 128),
+            held_out=self._held_out(run, held, most=32 if wide else 256, size=8 if wide else 128),
             crop=None if wide else c.crop,
             remember=fixed and again,
             train_condition=c.condition.train,
@@ -241,10 +241,10 @@ class Diva:
         return Anchor(classes, temperature=scale, learn_temperature=settings.learn_temperature)
 
     @staticmethod
-    def _held_out(run: Run, held: Source, *, size: int) -> list[Batch]:
-        """The readable held-out images in batches, on the CPU."""
+    def _held_out(run: Run, held: Source, *, most: int, size: int) -> list[Batch]:
+        """The readable of ``most`` held-out images at most, evenly spaced, in batches on the CPU."""
         transform, rows = evaluation_transform(run.encoder.preprocess), []
-        for index in range(len(held)):
+        for index in range(0, len(held), -(-len(held) // most)):
             try:
                 sample = held[index]
             except BadSample:
