@@ -33,7 +33,7 @@ def preset(name):
 
 
 def test_every_backbone_of_the_paper_has_a_preset():
-    assert {"diva", "diva-tiny", *(f"diva-{name}" for name in TABLE)} == set(PRESETS)
+    assert {"diva", "diva-tiny", "diva-tiny-own", *(f"diva-{name}" for name in TABLE)} == set(PRESETS)
     default = load_recipe("diffusion/diva", overrides=["data.from=folder:y", "model.from=x"], registry=REGISTRY)[1]
     assert default.recap.kind == "all"
 

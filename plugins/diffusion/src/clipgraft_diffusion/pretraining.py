@@ -16,6 +16,7 @@ from clipgraft.errors import InputError
 from clipgraft.runner import Run
 from clipgraft.types import Batch, ImageFeatures
 from clipgraft_diffusion.decoder import TOKENS, Decoder, DecoderConfig, DecoderStage, Teller, decoder_grid
+from clipgraft_diffusion.remember import Remembered
 from clipgraft_diffusion.source import Part, held_out_split
 
 STAGE = "decoder"
@@ -23,33 +24,51 @@ STAGE = "decoder"
 
 
 class CaptionTeller:
-    """Tells the unit embedding of each caption by the base's text tower."""
+    """Tells the unit embedding of each caption by the base's text tower; what was said once is remembered."""
 
     def __init__(self, base: Encoder) -> None:
         if base.text is None:
             raise InputError("a decoder that is told captions needs a model with a text tower; name another model")
         self.base = base
+        self._remembered = Remembered()
 
     @torch.no_grad()
     def __call__(self, batch: Batch, features: ImageFeatures) -> Tensor:
         """(B, D)."""
         if batch.text is None:
             raise InputError("a decoder that is told captions needs data with captions; set decoder.data")
-        assert self.base.text is not None
-        return F.normalize(self.base.text(batch.text).pooled.float(), dim=-1)
+        text, read = batch.text, self.base.text
+        assert read is not None
+        said = [row.numpy().tobytes().hex() for row in text.cpu()]
+        return self._remembered(said, lambda: F.normalize(read(text).pooled.float(), dim=-1))
 
 
 def decoder_problems(run: Run, config: DecoderConfig, *, captions: bool) -> list[str]:
     """Why such a decoder can't be trained, seen before any work."""
     try:
         decoder_grid(run.encoder.image, pool=config.pool)
-        if config.data is not None:
-            run.open_source(config.data)
+        source = run.train_source() if config.data is None else run.open_source(config.data)
         if captions:
             CaptionTeller(run.encoder)
+            _require_captions(source)
     except InputError as error:
         return [str(error)]
     return []
+
+
+def _require_captions(source: Source) -> None:
+    """Judged by the first readable sample; class names in templates stand in for captions."""
+    for index in range(len(source)):
+        try:
+            sample = source[index]
+        except BadSample:
+            continue
+        if sample.captions or (sample.label is not None and source.classes):
+            return
+        raise InputError(
+            f"{source.name}: {sample.id} has no caption, which the decoder must be told; set decoder.data to captioned "
+            "images, such as csv:FILE with a caption column"
+        )
 
 
 def decoder_stage(

@@ -68,7 +68,7 @@ class ConditionConfig(Config):
     unit: bool = Field(False, description="normalise tokens before they are projected; the paper doesn't")
     captions: str | None = Field(
         None,
-        description="fit the projection to these captions (data reference) instead of starting at random; for head, and "
+        description="fit the projection to these captions (data reference) instead of starting at random; for head and "
         "for train, where null takes the generator's own captions",
     )
     samples: int = Field(2048, gt=1, description="captions and training images for the fit")

@@ -218,7 +218,9 @@ class Diva:
             for text in (sample.captions[:1] or _class_prompt(captioned, sample.label))
         ]
         if len(texts) < 2:
-            raise InputError(f"{self._captions} holds no captions; name data with a caption column in condition.captions")
+            raise InputError(
+                f"{self._captions} holds no captions; name data with a caption column in condition.captions"
+            )
         seen = EncoderFeatures(base).images(Part(source, range(min(c.samples, len(source)))))
         told, wanted = EncoderFeatures(base).texts(texts), EncoderFeatures(tower).texts(texts)
         device = condition.project.weight.device
