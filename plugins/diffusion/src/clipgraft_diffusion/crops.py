@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
-from clipgraft.data.base import Sample, Source
+from clipgraft.data.base import BadSample, Sample, Source
 from clipgraft.data.sampling import seeded
 from clipgraft.data.transforms import evaluation_transform, training_transform
 from clipgraft.encoders.base import Preprocess
+from clipgraft.types import Batch
+from clipgraft_diffusion.pictures import sides
 
 CROP = "crop"
 """Name of the crop in ``Sample.extra`` and ``Batch.extra``."""
@@ -22,11 +25,14 @@ class Crops:
     The loader makes CLIP's input from the crop with the evaluation transform, so both see the same part. ``area`` is
     the range of the crop's share, None crops the centre. Deviation: an image keeps its crop in every epoch, so that
     latents can be remembered; the paper's budget is less than one epoch of its data. The official code shrinks the
-    crop bilinearly after normalising it, the evaluation transform with the filter of the backbone before.
+    crop bilinearly after normalising it, the evaluation transform with the filter of the backbone before. A picture
+    with a side below ``smallest`` pixels counts as unreadable.
     """
 
-    def __init__(self, source: Source, *, size: int, area: tuple[float, float] | None, seed: int) -> None:
-        self.source, self.seed = source, seed
+    def __init__(
+        self, source: Source, *, size: int, area: tuple[float, float] | None, seed: int, smallest: int = 1
+    ) -> None:
+        self.source, self.seed, self.smallest, self.size = source, seed, smallest, (size, size)
         shape = Preprocess(size=(size, size), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
         self._whole = evaluation_transform(shape)
         self._part = training_transform(shape, area) if area else None
@@ -41,9 +47,26 @@ class Crops:
 
     def __getitem__(self, index: int) -> Sample:
         sample = self.source[index]
+        if min(sides(sample.image)) < self.smallest:
+            raise BadSample(f"{sample.id}: smaller than one patch of {self.smallest} px")
         if self._part is None:
             pixels = self._whole(sample.image)
         else:
             pixels = self._part(sample.image, seeded(self.seed, 0, index))
         crop: Tensor = pixels.mul(255).round().byte()
         return replace(sample, image=crop, extra={**sample.extra, CROP: crop})
+
+
+def crop_batches(source: Source, preprocess: Preprocess, *, size: int) -> Iterator[Batch]:
+    """The readable images in batches of at most ``size`` on the CPU, with their crops where they have some."""
+    transform, rows = evaluation_transform(preprocess), []
+    for index in range(len(source)):
+        try:
+            sample = source[index]
+        except BadSample:
+            continue
+        rows.append((sample.id, transform(sample.image), sample.extra.get(CROP)))
+    for start in range(0, len(rows), size):
+        ids, pixels, crops = zip(*rows[start : start + size], strict=True)
+        kept: list[Tensor] = [crop for crop in crops if crop is not None]
+        yield Batch(torch.stack(pixels), list(ids), extra={CROP: torch.stack(kept)} if kept else {})

@@ -13,6 +13,7 @@ from clipgraft_diffusion.objectives import NoiseConfig
 from clipgraft_diffusion.passes import Compat
 from clipgraft_diffusion.prompt import Combine
 from clipgraft_diffusion.recap import RecapConfig
+from clipgraft_diffusion.store import Precision
 from clipgraft_diffusion.watch import WatchConfig
 from clipgraft_diffusion.weights import Origin, Sha256, Weights, chosen, refuse_both
 
@@ -38,6 +39,10 @@ class CriticConfig(Config):
         "pretrained", description="for diffusers: random draws all weights, from the parts' config.json alone"
     )
     size: int = Field(512, gt=0, description="for diffusers: side of its crops [pixels]")
+    cache: str | None = Field(
+        None, description="for diffusers: folder that keeps the images' latents between runs, filled before the stage"
+    )
+    cache_precision: Precision = Field("fp32", description="of the latents on disk; fp16 halves their size")
     prompt: str = Field(
         "a photo of a .", description="for diffusers: the constant prompt; the official one names no class"
     )
@@ -53,6 +58,8 @@ class CriticConfig(Config):
                 "kind head needs head (a registered generator) and tower (the model whose tokens it restores)"
             )
         refuse_both(self.weights, self.sha256)
+        if self.cache is not None and self.kind != "diffusers":
+            raise ValueError(f"cache keeps an autoencoder's latents, kind {self.kind} has none; set it to null")
         return self
 
     def part_weights(self, *, seed: int) -> dict[str, Weights]:
@@ -89,6 +96,7 @@ class DivaConfig(RunConfig):
     compat: Compat = Field(
         "fixed", description="official: sums gradients, squeezes pixels and logs as the paper's code"
     )
+    checkpointing: bool = Field(False, description="recompute the image tower's activations in the backward pass")
     weight: float = Field(1.0, ge=0, description="of the feedback; 0 is the anchor-only control arm")
     anchor: AnchorConfig = AnchorConfig()
     crop: tuple[float, float] | None = Field((0.9, 1.0), description="area range of the random crop; null: none")

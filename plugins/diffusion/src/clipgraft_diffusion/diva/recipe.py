@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from clipgraft.data.base import BadSample, Source
 from clipgraft.data.loader import class_prompts
 from clipgraft.data.transforms import evaluation_transform
 from clipgraft.encoders import apply_grafts
-from clipgraft.encoders.base import Encoder
+from clipgraft.encoders.base import Encoder, Preprocess
 from clipgraft.errors import ClipgraftError, InputError
 from clipgraft.evaluation.features import EncoderFeatures
 from clipgraft.recipe import StagePlan
@@ -24,11 +25,14 @@ from clipgraft_diffusion.diva.config import DivaConfig
 from clipgraft_diffusion.diva.stage import Critique, DivaStage
 from clipgraft_diffusion.eps import EpsDenoiser, EpsObjective, NoiseSchedule
 from clipgraft_diffusion.generator import FlowGenerator, forget
+from clipgraft_diffusion.pictures import patch_side, picture_problems
 from clipgraft_diffusion.pretraining import STAGE as DECODER
 from clipgraft_diffusion.pretraining import CaptionTeller, decoder_problems, decoder_stage, trained_decoder
 from clipgraft_diffusion.prompt import CrossCondition, fit_projection
 from clipgraft_diffusion.recap import local_projection
+from clipgraft_diffusion.recompute import blocks_of
 from clipgraft_diffusion.source import Part, held_out_split
+from clipgraft_diffusion.store import LatentStore, about, chunk
 from clipgraft_diffusion.unet import StableDiffusion, diffusion_problems, open_stable_diffusion
 from clipgraft_diffusion.watch import watch, watch_problems
 
@@ -50,6 +54,9 @@ class Diva:
         c, problems = self.config, watch_problems(run, self.config.watch)
         if c.precision == "fp16":
             problems.append("precision fp16 can't scale the gradient inside the generator; set it to bf16 or fp32")
+        problems += picture_problems(run, smallest=patch_side(run.encoder))
+        if c.checkpointing and not blocks_of(run.encoder.image):
+            problems.append("checkpointing needs an image tower of transformer blocks; set it to false")
         if not c.weight:
             return problems
         problems += _said(lambda: self._told_tokens(run.encoder))
@@ -126,23 +133,27 @@ class Diva:
         whole = run.train_source()
         wide = c.denoiser.kind == "diffusers" and c.weight > 0
         if wide:
-            whole = Crops(whole, size=c.denoiser.size, area=c.crop, seed=run.seed)
+            smallest = patch_side(run.encoder)
+            whole = Crops(whole, size=c.denoiser.size, area=c.crop, seed=run.seed, smallest=smallest)
         source, held = held_out_split(whole, batch_size=c.train.batch_size)
         base = self._base(run)
         fixed, again = wide or c.crop is None, c.train.steps * c.train.batch_size > len(source)
+        critique = self._critique(run, base, source) if c.weight else None
         stage = DivaStage(
             "clip",
             train=c.train,
             source=source,
             encoder=run.encoder,
             base=base,
-            critique=self._critique(run, base, source) if c.weight else None,
+            critique=critique,
             anchor=self._anchor(base, source) if c.anchor.weight else None,
             weight=c.weight,
             anchor_weight=c.anchor.weight,
             held_out=self._held_out(run, held, most=32 if wide else 256, size=8 if wide else 128),
             crop=None if wide else c.crop,
             remember=fixed and again,
+            latents=self._latents(run, whole, critique),
+            checkpointing=c.checkpointing,
             train_condition=c.condition.train,
             log=run.log,
         )
@@ -184,6 +195,24 @@ class Diva:
             compat=c.compat,
             shuffled=c.condition.shuffled,
         )
+
+    def _latents(self, run: Run, whole: Source, critique: Critique | None) -> LatentStore | None:
+        """The images' latents on disk, all of them, where a folder is named."""
+        c = self.config
+        denoiser = None if critique is None else critique.objective.denoiser
+        if c.denoiser.cache is None or not isinstance(whole, Crops) or not isinstance(denoiser, StableDiffusion):
+            return None
+        told = {"compat": c.compat, "scale": denoiser.scale, "shift": denoiser.shift}
+        known = about(whole, denoiser.vae, precision=c.denoiser.cache_precision, size=whole.size, **told)
+        store = LatentStore(Path(c.denoiser.cache).expanduser(), known, log=run.log)
+        store.fill(
+            whole,
+            lambda pixels: denoiser.latents(pixels.to(run.device)),
+            preprocess=Preprocess(size=whole.size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
+            batch_size=chunk(c.train),
+            workers=run.config.data.workers,
+        )
+        return store
 
     def _schedule(self) -> NoiseSchedule:
         n = self.config.noise

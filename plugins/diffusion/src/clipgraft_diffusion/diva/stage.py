@@ -20,13 +20,16 @@ from clipgraft.log import RunLog
 from clipgraft.stage import TrainStage
 from clipgraft.types import Batch, FeatureRequest, ImageFeatures, StepOutput
 from clipgraft_diffusion.anchor import Anchor
+from clipgraft_diffusion.aside import set_aside
 from clipgraft_diffusion.crops import CROP
 from clipgraft_diffusion.drift import weight_drift
 from clipgraft_diffusion.eps import EpsObjective
 from clipgraft_diffusion.passes import Compat, Pass, pass_weights, several_passes
 from clipgraft_diffusion.prompt import CrossCondition
 from clipgraft_diffusion.recap import Recap, local_projection
+from clipgraft_diffusion.recompute import recompute_blocks
 from clipgraft_diffusion.remember import Remembered
+from clipgraft_diffusion.store import LatentStore
 from clipgraft_diffusion.unet import clip_pixels
 
 POOLED, TOKENS = FeatureRequest(), FeatureRequest(tokens=True)
@@ -51,8 +54,13 @@ class DivaStage(TrainStage):
 
     ``base`` is the untouched encoder. ``critique`` None leaves the anchor alone: the control that spends the same steps
     on nothing new. ``held_out`` are a few batches that are never trained on. ``crop`` None takes the evaluation
-    transform; latents of unchanging pixels are kept with ``remember``. ``log`` is told when the tower has not moved.
+    transform; latents of unchanging pixels are kept with ``remember``, or come from ``latents`` on disk.
+    ``checkpointing`` recomputes the tower's activations. ``log`` is told when the tower has not moved. Base and
+    generator stay on their device: they are not among this module's own.
     """
+
+    base: Encoder
+    objective: EpsObjective | None
 
     def __init__(
         self,
@@ -69,16 +77,18 @@ class DivaStage(TrainStage):
         held_out: Sequence[Batch] = (),
         crop: tuple[float, float] | None = (0.9, 1.0),
         remember: bool = False,
+        latents: LatentStore | None = None,
+        checkpointing: bool = False,
         train_condition: bool = True,
         log: RunLog | None = None,
     ) -> None:
         super().__init__(name, train=train, source=source)
         self.training_crop = crop
         self.encoder: Encoder = encoder
-        self.base: Encoder = base
+        set_aside(self, "base", base)
         self.anchor: Anchor | None = anchor
         self.condition: CrossCondition | None = None if critique is None else critique.condition
-        self.objective: EpsObjective | None = None if critique is None else critique.objective
+        set_aside(self, "objective", None if critique is None else critique.objective)
         self.critique = critique
         encoder.requires_grad_(False)
         encoder.image.requires_grad_(True)
@@ -87,7 +97,9 @@ class DivaStage(TrainStage):
                 self.freeze(part)
         self.weight, self.anchor_weight, self.held_out, self.log = weight, anchor_weight, list(held_out), log
         self.local = local_projection(encoder.image)
-        self._remembered = Remembered() if remember else None
+        if checkpointing:
+            recompute_blocks(encoder.image)
+        self._remembered = latents if latents is not None else Remembered() if remember else None
         self._base_remembered = Remembered() if remember else None
 
     def forward(self, batch: Batch) -> StepOutput:
@@ -148,7 +160,7 @@ class DivaStage(TrainStage):
         def compute() -> Tensor:
             return denoiser.latents(_crops(batch))
 
-        x0 = compute() if self._remembered is None else self._remembered(batch.ids, compute)
+        x0 = compute() if self._remembered is None else self._remembered(batch.ids, compute).to(batch.pixels.device)
         return x0.roll(1, 0) if self.critique.shuffled else x0
 
     def current_encoder(self) -> Encoder:
