@@ -83,6 +83,10 @@ class Recap(nn.Module):
             raise InputError(f"{wish} doesn't suit a tower of {patches} patch tokens; set recap.kind to all")
         return found
 
+    def projection(self, image: ImageEncoder) -> Project:
+        """``project`` as ``image`` itself reads local tokens."""
+        return local_projection(image)
+
     def forward(
         self, features: ImageFeatures, *, project: Project | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
