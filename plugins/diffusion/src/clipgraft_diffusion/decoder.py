@@ -175,8 +175,9 @@ class DecoderStage(TrainStage):
         return (clean - latent).square().flatten(1).mean(1)
 
     def components(self) -> dict[str, nn.Module]:
-        """``decoder``, for the stage that asks it."""
-        return {"decoder": self.decoder}
+        """``decoder``, for the stage that asks it, and ``teller`` if that is a module with statistics of its own."""
+        found: dict[str, nn.Module] = {"decoder": self.decoder}
+        return found | ({"teller": self.teller} if isinstance(self.teller, nn.Module) else {})
 
     @torch.no_grad()
     def final_metrics(self) -> dict[str, float]:

@@ -9,6 +9,10 @@ GENHANCER = (
     "arXiv 2503.19480"
 )
 DIVA = "Wang et al., Diffusion Feedback Helps CLIP See Better, ICLR 2025, arXiv 2407.20171"
+UN2CLIP = (
+    "Li et al., un2CLIP: Improving CLIP's Visual Detail Capturing Ability via Inverting unCLIP, NeurIPS 2025, "
+    "arXiv 2505.24517"
+)
 
 
 @hookimpl
@@ -42,6 +46,15 @@ def clipgraft_recipes() -> list[Component]:
             paper=GENHANCER,
             presets="clipgraft_diffusion.discrete_recipes",
         ),
+        Component(
+            name="un2clip",
+            target="clipgraft_diffusion.unclip.recipe:Un2Clip",
+            config="clipgraft_diffusion.unclip.config:Un2ClipConfig",
+            summary="A frozen decoder of CLIP's image embeddings must restore images: CLIP learns to write for it",
+            needs=("diffusers>=0.36", "transformers>=4.56"),
+            paper=UN2CLIP,
+            presets="clipgraft_diffusion.unclip_recipes",
+        ),
     ]
 
 
@@ -62,6 +75,14 @@ def clipgraft_heads() -> list[Component]:
             config="clipgraft_diffusion.condition:GlobalTokenConfig",
             summary="GenHancer's condition: the global embedding as a pooled vector and as one token",
             paper=GENHANCER,
+        ),
+        Component(
+            name="unclip-label",
+            target="clipgraft_diffusion.unclip.label:UnclipLabel",
+            config="clipgraft_diffusion.unclip.label:UnclipLabelConfig",
+            summary="What an unCLIP decoder is told: the noised image embedding and the level of that noise",
+            needs=("diffusers>=0.36",),
+            paper=UN2CLIP,
         ),
     ]
 
