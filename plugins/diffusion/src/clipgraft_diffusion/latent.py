@@ -67,9 +67,22 @@ class VaeLatent(nn.Module):
     @torch.no_grad()
     def forward(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Pixels (B, 3, H, W') in [0, 1] -> (B, N, C)."""
+        return self.from_moments(self.moments(pixels), generator)
+
+    @torch.no_grad()
+    def moments(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W') in [0, 1] -> the posterior's mean and log variance (B, 2c, 2h, 2w)."""
         with torch.autocast(pixels.device.type, enabled=False):
-            posterior = self.vae.encode(2 * pixels.float() - 1).latent_dist
-            return pack(self.scale * (posterior.sample(generator) - self.shift))
+            found: Tensor = self.vae.encode(2 * pixels.float() - 1).latent_dist.parameters
+        return found
+
+    @torch.no_grad()
+    def from_moments(self, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Moments (B, 2c, 2h, 2w) -> a drawn latent (B, N, C)."""
+        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+        posterior = DiagonalGaussianDistribution(moments)
+        return pack(self.scale * (posterior.sample(generator) - self.shift))
 
     def fitted(self) -> nn.Module | None:
         """Nothing here was fitted to the training images."""

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from clipgraft.config.schema import Config, RunConfig, TrainConfig
 from clipgraft_diffusion.objectives import TimesConfig
+from clipgraft_diffusion.store import Precision
 from clipgraft_diffusion.watch import WatchConfig
 from clipgraft_diffusion.weights import Origin, Sha256, refuse_both
 
@@ -23,6 +24,10 @@ class LatentConfig(Config):
     revision: str | None = Field(None, description="branch, tag or commit of the Hugging Face id")
     sha256: Sha256 | None = Field(None, description="pins the autoencoder's safetensors")
     weights: Origin = Field("pretrained", description="random: the autoencoder's, from its config.json alone")
+    cache: str | None = Field(
+        None, description="folder that keeps what the autoencoder makes of the images between runs; needs crop null"
+    )
+    cache_precision: Precision = Field("fp32", description="of the cache; fp16 halves its size")
     of: str = Field("self", description="whose tokens: self (the untouched base) or any model reference")
     pool: int = Field(1, gt=0, description="average pool x pool neighbouring tokens")
     samples: int = Field(2048, gt=1, description="training images for the tokens' mean and spread")
@@ -30,6 +35,8 @@ class LatentConfig(Config):
     @model_validator(mode="after")
     def _pinned_or_random(self) -> LatentConfig:
         refuse_both(self.weights, self.sha256)
+        if self.cache is not None and self.kind != "vae":
+            raise ValueError("cache keeps what an autoencoder makes of images; set it to null, or kind to vae")
         return self
 
 
@@ -95,6 +102,7 @@ class TowerConfig(Config):
     lora: LoraConfig = LoraConfig()
     trainable: Literal["only", "all"] = Field("only", description="all: projectors and denoiser go on learning")
     generator_lr: float = Field(1.0, gt=0, description="factor on train.lr for projectors and denoiser, with all")
+    checkpointing: bool = Field(False, description="recompute the image tower's activations in the backward pass")
     weight: float = Field(1.0, ge=0, description="of the feedback; 0 is the anchor-only control arm, without stage 1")
     anchor: AnchorConfig = AnchorConfig()
 

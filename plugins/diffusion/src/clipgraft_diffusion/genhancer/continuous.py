@@ -11,7 +11,7 @@ from clipgraft_diffusion.condition import GlobalCondition
 from clipgraft_diffusion.denoiser import FluxDenoiser, rope_axes
 from clipgraft_diffusion.feedback import Feedback
 from clipgraft_diffusion.genhancer.config import GenHancerConfig
-from clipgraft_diffusion.genhancer.parts import StageName, raw_tokens, said, teacher
+from clipgraft_diffusion.genhancer.parts import Kept, StageName, raw_tokens, said, teacher
 from clipgraft_diffusion.latent import (
     VAE,
     TokenLatent,
@@ -58,6 +58,13 @@ class Continuous:
         other = self._teacher(run, base)
         tower = None if other is base else other.image
         return TokenLatent(tower, like=other.image, preprocess=other.preprocess, pool=c.pool).to(run.device)
+
+    def kept(self, latent: Latent) -> Kept | None:
+        """The autoencoder's moments, where a folder is named."""
+        c = self.config.latent
+        if c.cache is None or not isinstance(latent, VaeLatent):
+            return None
+        return Kept(c.cache, latent.vae, c.cache_precision)
 
     def fit(self, run: Run, latent: Latent, base: Encoder, source: Source) -> None:
         """The tokens' mean and spread."""

@@ -14,7 +14,7 @@ from clipgraft.runner import Run
 from clipgraft_diffusion.codes import VQ, TokenCodes, VqCodes, code_grid
 from clipgraft_diffusion.condition import projector
 from clipgraft_diffusion.genhancer.discrete_config import DiscreteConfig
-from clipgraft_diffusion.genhancer.parts import StageName, raw_tokens, said, teacher
+from clipgraft_diffusion.genhancer.parts import Kept, StageName, raw_tokens, said, teacher
 from clipgraft_diffusion.genhancer.recipe import GenHancer
 from clipgraft_diffusion.latent import TokenLatent, halvings, token_grid
 from clipgraft_diffusion.masked import MaskedFeedback
@@ -62,6 +62,13 @@ class Discrete:
         tower = None if other is base else other.image
         tokens = TokenLatent(tower, like=other.image, preprocess=other.preprocess, pool=c.pool)
         return TokenCodes(tokens, size=c.size).to(run.device)
+
+    def kept(self, latent: Latent) -> Kept | None:
+        """The VQ model's codes, where a folder is named."""
+        c = self.config.codes
+        if c.cache is None or not isinstance(latent, VqCodes):
+            return None
+        return Kept(c.cache, latent.vq, settings={"pixels": c.pixels})
 
     def fit(self, run: Run, latent: Latent, base: Encoder, source: Source) -> None:
         """The tokens' statistics and their codes, the same in every process and resume."""

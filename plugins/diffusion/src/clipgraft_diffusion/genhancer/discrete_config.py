@@ -22,6 +22,9 @@ class CodesConfig(Config):
     revision: str | None = Field(None, description="branch, tag or commit of the Hugging Face id")
     sha256: Sha256 | None = Field(None, description="pins the VQ model's safetensors")
     weights: Origin = Field("pretrained", description="random: the VQ model's, from its config.json alone")
+    cache: str | None = Field(
+        None, description="folder that keeps what the VQ model makes of the images between runs; needs crop null"
+    )
     pixels: Literal["symmetric", "unit"] = Field("unit", description="the VQ model's pixels: -1..1, or 0..1 (aMUSEd)")
     of: str = Field("self", description="whose tokens: self (the untouched base) or any model reference")
     pool: int = Field(1, gt=0, description="average pool x pool neighbouring tokens")
@@ -31,6 +34,8 @@ class CodesConfig(Config):
     @model_validator(mode="after")
     def _pinned_or_random(self) -> CodesConfig:
         refuse_both(self.weights, self.sha256)
+        if self.cache is not None and self.kind != "vq":
+            raise ValueError("cache keeps what a VQ model makes of images; set it to null, or kind to vq")
         return self
 
 

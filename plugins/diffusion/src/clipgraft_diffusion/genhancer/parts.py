@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipgraft.data.base import Source
 from clipgraft.data.loader import BadSamples, evaluation_batches, stack_images
@@ -16,9 +17,20 @@ from clipgraft.runner import Run
 from clipgraft_diffusion.genhancer.stages import AnyFeedback
 from clipgraft_diffusion.latent import TokenLatent
 from clipgraft_diffusion.source import Part
+from clipgraft_diffusion.store import Precision
 from clipgraft_diffusion.target import TOKENS, Latent
 
 StageName = Literal["generator", "clip"]
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A folder for latents on disk, the frozen model that makes them, and what else decides them."""
+
+    folder: str
+    model: nn.Module
+    precision: Precision = "fp32"
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 class Generator(Protocol):
@@ -35,6 +47,9 @@ class Generator(Protocol):
 
     def fit(self, run: Run, latent: Latent, base: Encoder, source: Source) -> None:
         """Fit it to the training images."""
+
+    def kept(self, latent: Latent) -> Kept | None:
+        """Where what is restored is kept on disk, None for nowhere."""
 
     def feedback(self, base: Encoder, latent: Latent, *, stage: StageName) -> AnyFeedback:
         """Condition, denoiser and objective of a stage, with random weights."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
-from clipgraft.config.schema import GraftNode
+from clipgraft.config.schema import GraftNode, TrainConfig
 from clipgraft.data.base import Source
 from clipgraft.encoders import apply_grafts
 from clipgraft.encoders.base import Encoder
@@ -18,8 +20,11 @@ from clipgraft_diffusion.genhancer.continuous import Continuous
 from clipgraft_diffusion.genhancer.discrete_config import DiscreteConfig
 from clipgraft_diffusion.genhancer.parts import Generator, pixel_batches
 from clipgraft_diffusion.genhancer.stages import ClipStage, GeneratorStage
+from clipgraft_diffusion.pictures import patch_side, picture_problems
+from clipgraft_diffusion.recompute import blocks_of
 from clipgraft_diffusion.source import held_out_split
-from clipgraft_diffusion.target import Latent, Target
+from clipgraft_diffusion.store import LatentStore, about, chunk
+from clipgraft_diffusion.target import Latent, Target, stored_part
 from clipgraft_diffusion.watch import watch, watch_problems
 
 
@@ -43,8 +48,14 @@ class GenHancer:
 
     def check(self, run: Run) -> list[str]:
         """Sizes that don't fit and files that aren't there, seen before any work."""
-        problems = watch_problems(run, self.config.watch) + self.generator.sizes()
-        return problems + self.generator.files(run) if self.config.clip.weight else problems
+        c, problems = self.config, watch_problems(run, self.config.watch) + self.generator.sizes()
+        problems += picture_problems(run, smallest=patch_side(run.encoder))
+        if c.clip.checkpointing and not blocks_of(run.encoder.image):
+            problems.append("clip.checkpointing needs an image tower of transformer blocks; set it to false")
+        setting, cache = ("codes", c.codes.cache) if isinstance(c, DiscreteConfig) else ("latent", c.latent.cache)
+        if cache is not None and c.crop is not None:
+            problems.append(f"{setting}.cache needs images that are cropped alike every time; set crop to null")
+        return problems + self.generator.files(run) if c.clip.weight else problems
 
     # -- stages --------------------------------------------------------------------------------------------------
 
@@ -60,7 +71,7 @@ class GenHancer:
             "generator",
             train=c.generator.train,
             source=source,
-            target=self._target(base, latent),
+            target=self._target(run, base, latent, train=c.generator.train),
             feedback=feedback,
             held_out=held,
             crop=c.crop,
@@ -82,8 +93,8 @@ class GenHancer:
             train=c.clip.train,
             source=source,
             encoder=self._trainable(run),
-            target=self._target(base, latent),
-            feedback=feedback,
+            target=self._target(run, base, latent, train=c.clip.train),
+            feedback=None if feedback is None else feedback.to(run.device),
             anchor=self._anchor(base, source) if c.clip.anchor.weight else None,
             held_out=held,
             train_generator=c.clip.trainable == "all",
@@ -91,6 +102,7 @@ class GenHancer:
             weight=c.clip.weight,
             anchor_weight=c.clip.anchor.weight,
             crop=c.crop,
+            checkpointing=c.clip.checkpointing,
         )
         return watch(run, stage, c.watch, base=base)
 
@@ -105,8 +117,27 @@ class GenHancer:
         """The untouched encoder, with the grafts that the run started with (another image size, say)."""
         return apply_grafts(run.base_encoder(), self.config.grafts, registry=run.registry)
 
-    def _target(self, base: Encoder, latent: Latent | None) -> Target:
-        return Target(base, latent, shuffled=self.config.condition.shuffled, remember=self.config.crop is None)
+    def _target(self, run: Run, base: Encoder, latent: Latent | None, *, train: TrainConfig) -> Target:
+        store = None if latent is None else self._store(run, base, latent, train=train)
+        c = self.config
+        return Target(base, latent, shuffled=c.condition.shuffled, remember=c.crop is None, store=store)
+
+    def _store(self, run: Run, base: Encoder, latent: Latent, *, train: TrainConfig) -> LatentStore | None:
+        """What is restored, on disk for all images, where a folder is named."""
+        if (kept := self.generator.kept(latent)) is None:
+            return None
+        whole, shape = run.train_source(), base.preprocess
+        told = {**kept.settings, "resize": f"{shape.resize_mode} {shape.interpolation} {shape.fill_color}"}
+        known = about(whole, kept.model, precision=kept.precision, size=shape.size, **told)
+        store = LatentStore(Path(kept.folder).expanduser(), known, log=run.log)
+        store.fill(
+            whole,
+            lambda pixels: stored_part(latent, pixels.to(run.device)),
+            preprocess=shape,
+            batch_size=chunk(train),
+            workers=run.config.data.workers,
+        )
+        return store
 
     def _trainable(self, run: Run) -> Encoder:
         """The encoder with its image tower trainable: everything, or adapters and the biases beside them."""

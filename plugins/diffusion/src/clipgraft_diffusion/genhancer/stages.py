@@ -19,9 +19,11 @@ from clipgraft.encoders.base import Encoder
 from clipgraft.stage import TrainStage
 from clipgraft.types import Batch, ImageFeatures, StepOutput
 from clipgraft_diffusion.anchor import Anchor
+from clipgraft_diffusion.aside import set_aside
 from clipgraft_diffusion.drift import weight_drift
 from clipgraft_diffusion.feedback import Feedback
 from clipgraft_diffusion.masked import MaskedFeedback
+from clipgraft_diffusion.recompute import recompute_blocks
 from clipgraft_diffusion.target import Seen, Target
 
 AnyFeedback = Feedback | MaskedFeedback
@@ -29,7 +31,12 @@ AnyFeedback = Feedback | MaskedFeedback
 
 
 class GeneratorStage(TrainStage):
-    """Stage 1: the base is frozen, projectors and denoiser learn. ``held_out`` (k, 3, H, W') pixels measure the end."""
+    """Stage 1: the base is frozen, projectors and denoiser learn. ``held_out`` (k, 3, H, W') pixels measure the end.
+
+    ``target`` and ``held_out`` stay on their device: they are not among this module's own.
+    """
+
+    target: Target
 
     def __init__(
         self,
@@ -44,11 +51,10 @@ class GeneratorStage(TrainStage):
     ) -> None:
         super().__init__(name, train=train, source=source)
         self.training_crop = crop
-        self.target: Target = target
+        set_aside(self, "target", target)
         self.feedback: AnyFeedback = feedback
         self.freeze(target)
-        self.held_out: Tensor
-        self.register_buffer("held_out", held_out, persistent=False)
+        self.held_out = held_out
 
     def forward(self, batch: Batch) -> StepOutput:
         """One batch -> mean loss of the generator."""
@@ -73,8 +79,12 @@ class GeneratorStage(TrainStage):
 class ClipStage(TrainStage):
     """Stage 2: the image tower learns, by LoRA or fully; the generator is frozen or learns along.
 
-    Without ``feedback`` only the anchor acts: the control that spends the same steps on nothing new.
+    Without ``feedback`` only the anchor acts: the control that spends the same steps on nothing new. ``checkpointing``
+    recomputes the tower's activations. What is frozen stays on its device: it is not among this module's own.
     """
+
+    target: Target
+    feedback: AnyFeedback | None
 
     def __init__(
         self,
@@ -92,12 +102,18 @@ class ClipStage(TrainStage):
         weight: float = 1.0,
         anchor_weight: float = 0.0,
         crop: tuple[float, float] | None = (0.9, 1.0),
+        checkpointing: bool = False,
     ) -> None:
         super().__init__(name, train=train, source=source)
         self.training_crop = crop
         self.encoder: Encoder = encoder
-        self.target: Target = target
-        self.feedback: AnyFeedback | None = feedback
+        set_aside(self, "target", target)
+        if train_generator:
+            self.feedback = feedback
+        else:
+            set_aside(self, "feedback", feedback)
+        if checkpointing:
+            recompute_blocks(encoder.image)
         self.anchor: Anchor | None = anchor
         for part in (target, encoder.text, None if train_generator else feedback):
             if part is not None:
@@ -106,8 +122,7 @@ class ClipStage(TrainStage):
         if encoder.logit_bias is not None:
             encoder.logit_bias.requires_grad_(False)
         self.generator_lr, self.weight, self.anchor_weight = generator_lr, weight, anchor_weight
-        self.held_out: Tensor
-        self.register_buffer("held_out", held_out, persistent=False)
+        self.held_out = held_out
 
     def forward(self, batch: Batch) -> StepOutput:
         """One batch -> weight * feedback + anchor weight * anchor."""
