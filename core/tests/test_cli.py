@@ -275,7 +275,10 @@ def test_export_and_eval_of_a_real_model(cli: Cli, tmp_path: Path) -> None:
     saved = records.read(tmp_path / "samples")["core/zero-shot"]
     assert len(saved.samples) == 24 and saved.metrics == found.json["results"]["core/zero-shot"]
     assert list(saved.intervals["top1"]) == found.json["intervals"]["core/zero-shot"]["top1"]
-    assert "top1" in cli(*args).out
+    (right, n), error = saved.counts["top1"], saved.standard_errors["top1"]
+    assert error == found.json["standard_errors"]["core/zero-shot"]["top1"]
+    assert error == pytest.approx((right / n * (1 - right / n) / n) ** 0.5)
+    assert f"top1 {right / n:.4f} ± {error:.4f} [" in cli(*args).out
     (tmp_path / "mine.yaml").write_text(f"- zero-shot@{source}\n- {{use: linear-probe, data: '{source}'}}\n")
     again = cli("eval", copied.json["export"], "--suite", tmp_path / "mine.yaml", "--json")
     assert again.json["results"] == found.json["results"]

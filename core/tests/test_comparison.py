@@ -6,6 +6,8 @@ import io
 import json
 import math
 import random
+import statistics
+from dataclasses import replace
 from fractions import Fraction
 from math import comb
 
@@ -15,7 +17,7 @@ from rich.console import Console
 from clipgraft.errors import InputError
 from clipgraft.evaluation import records
 from clipgraft.evaluation.base import Evaluation
-from clipgraft.evaluation.comparison import Row, as_table, compare
+from clipgraft.evaluation.comparison import Row, Tally, as_table, compare, tallies
 from clipgraft.evaluation.statistics import Share, value
 
 
@@ -57,6 +59,34 @@ def test_p_is_the_sign_test_and_holm_adjusts_over_the_whole_table() -> None:
     assert row.p_adjusted == pytest.approx(4 * row.p), "the smallest of four"
     assert {r.verdict for r in rows if r.evaluator == "y"} == {"cannot tell"}
     assert only([r for r in rows if r.evaluator == "x"], "spread").test == "paired bootstrap"
+
+
+def test_tallies_are_counts_with_standard_errors_and_their_own_p(tmp_path) -> None:
+    rng = random.Random(1)
+    before = [int(rng.random() < 0.4) for _ in range(90)]
+    after = [int(rng.random() < 0.6) for _ in range(90)]
+    found = {side: {"x": answers(right)} for side, right in (("a", before), ("b", after))}
+    for side, right in (("a", before), ("b", after)):
+        found[side]["x"] = replace(found[side]["x"], counts={"top1": (sum(right), 90), "spread": (1, 2)})
+        records.save(tmp_path / side, found[side])
+    lost = sum(then > now for then, now in zip(before, after, strict=True))
+    won = sum(now > then for then, now in zip(before, after, strict=True))
+    p = min(1, 2 * sum(Fraction(comb(lost + won, k), 2 ** (lost + won)) for k in range(min(lost, won) + 1)))
+    back = [records.read(tmp_path / side) for side in ("a", "b")]
+    for one, two in ((found["a"], found["b"]), back):
+        (tally,) = tallies(one, two)
+        assert tally == Tally("x", "top1", sum(before), sum(after), 90, pytest.approx(float(p)))
+    shares = [sum(side) / 90 for side in (before, after)]
+    errors = [statistics.stdev(side) * (89 / 90) ** 0.5 / 90**0.5 for side in (before, after)]
+    assert (
+        f"x.top1 {sum(before)} -> {sum(after)} of 90, {shares[0]:.4f} ± {errors[0]:.4f} -> {shares[1]:.4f} ± "
+        f"{errors[1]:.4f} (standard error), McNemar p = {float(p):.2g}"
+    ) == str(tally)
+    assert found["a"]["x"].standard_errors["top1"] == pytest.approx(errors[0])
+    assert back[0]["x"].standard_errors == found["a"]["x"].standard_errors
+    assert tallies({"x": found["a"]["x"]}, {"y": found["b"]["x"]}) == []
+    (some,) = tallies(found["a"], {"x": replace(answers(after[:50]), counts={"top1": (0, 50)})})
+    assert (some.a, some.n) == (sum(before[:50]), 50), "of the samples that both measured"
 
 
 def test_a_model_against_itself_is_never_told_apart() -> None:

@@ -19,6 +19,7 @@ from clipgraft import files
 from clipgraft.checkpoint import open_export, write_export
 from clipgraft.errors import InputError, Interrupted
 from clipgraft.evaluation import records
+from clipgraft.evaluation.comparison import tallies
 from clipgraft.execution import run_recipe
 from clipgraft.registry import Registry
 from clipgraft.spec import runhook
@@ -70,7 +71,10 @@ def test_a_run_leaves_a_directory_that_tells_the_story(world, tmp_path):
     assert [r["step"] for r in rows] == [1, 2, 3, 4] and [r["samples"] for r in rows] == [8, 16, 24, 32]
     assert json.loads((result.run / "status.json").read_text())["status"] == "done"
     assert not (result.run / "stages/00-train/state").exists(), "resume states are dropped when a stage is done"
-    assert len(records.read(result.run / "evaluation/before")["core/retrieval"].samples) >= 24
+    before, after = (records.read(result.run / "evaluation" / when) for when in ("before", "after"))
+    assert len(before["core/retrieval"].samples) >= 24
+    counted, log = tallies(before, after), (result.run / "log.txt").read_text()
+    assert counted and all(str(tally) in log for tally in counted), "counts before and after, with errors and p"
 
 
 def test_the_export_opens_in_open_clip_and_differs_from_the_base(world, tmp_path):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from clipgraft.data.sampling import plan
 from clipgraft.encoders.base import Encoder
 from clipgraft.errors import ClipgraftError, InputError
 from clipgraft.evaluation import records
+from clipgraft.evaluation.comparison import tallies
 from clipgraft.log import RunLog
 from clipgraft.recipe import StagePlan
 from clipgraft.registry import Registered, Registry
@@ -173,6 +175,10 @@ class Run:
             if self.is_main:
                 records.save(self.path / "evaluation" / when, found)
                 files.write_json(path, stored)
+                with suppress(ClipgraftError):  # what was measured before may be gone
+                    before = records.read(self.path / "evaluation" / "before") if when == "after" else {}
+                    for tally in tallies(before, found):
+                        self.log.info(str(tally))
             distributed.barrier()
         return flat(stored.get(when, {}))
 

@@ -63,14 +63,16 @@ def evaluate(
     if json:
         results = {name: dict(e.metrics) for name, e in found.items()}
         spread = {name: {k: list(v) for k, v in e.intervals.items()} for name, e in found.items()}
-        emit({"model": model, "results": results, "intervals": spread})
+        errors = {name: e.standard_errors for name, e in found.items()}
+        emit({"model": model, "results": results, "intervals": spread, "standard_errors": errors})
         return
     for name, e in found.items():
         print(name)
         for metric, value in e.metrics.items():
-            count, span = e.counts.get(metric), e.intervals.get(metric)
+            count, span, error = e.counts.get(metric), e.intervals.get(metric), e.standard_errors.get(metric)
             print(
                 f"  {metric} {value:.4f}"
+                + ("" if error is None else f" ± {error:.4f}")
                 + (f" [{span[0]:.4f}, {span[1]:.4f}]" if span else "")
                 + (f" ({count[0]} of {count[1]})" if count else "")
             )

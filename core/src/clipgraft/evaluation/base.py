@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from clipgraft.evaluation.statistics import Share, Statistic
+from clipgraft.evaluation.statistics import Share, Statistic, standard_error
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,11 +31,17 @@ class Evaluation:
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     lower: frozenset[str] = frozenset()
 
+    @property
+    def standard_errors(self) -> dict[str, float]:
+        """Binomial, of each share p that is a count: sqrt(p (1 - p) / n)."""
+        return {name: standard_error(*count) for name, count in self.counts.items()}
+
     def summary(self) -> dict[str, Any]:
         """Everything but the samples, as plain JSON types."""
         return {
             "metrics": dict(self.metrics),
             "counts": {k: list(v) for k, v in self.counts.items()},
+            "standard_errors": self.standard_errors,
             "intervals": {k: list(v) for k, v in self.intervals.items()},
             "shares": {k: v.as_dict() for k, v in self.statistics.items() if isinstance(v, Share)},
             "lower": sorted(self.lower),

@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from clipgraft.errors import ClipgraftError, InputError
 from clipgraft.evaluation.base import Evaluation
-from clipgraft.evaluation.statistics import DRAWS, Difference, Statistic, differences, holm, paired, value
+from clipgraft.evaluation.statistics import (
+    DRAWS,
+    Difference,
+    Share,
+    Statistic,
+    contingency,
+    differences,
+    holm,
+    mcnemar,
+    paired,
+    standard_error,
+    value,
+)
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -58,6 +70,38 @@ class Row:
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON types; null for what isn't finite."""
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """Right answers of two models to the same ``n`` questions; ``p`` is McNemar's exact one, of this tally alone."""
+
+    evaluator: str
+    metric: str
+    a: int
+    b: int
+    n: int
+    p: float
+
+    def __str__(self) -> str:
+        """``core/pairs.total 35 -> 43 of 135, 0.2593 ± 0.0377 -> 0.3185 ± 0.0401 (standard error), McNemar p = ...``"""
+        then, now = (f"{k / self.n:.4f} ± {standard_error(k, self.n):.4f}" for k in (self.a, self.b))
+        counts = f"{self.evaluator}.{self.metric} {self.a} -> {self.b} of {self.n}"
+        return f"{counts}, {then} -> {now} (standard error), McNemar p = {self.p:.2g}"
+
+
+def tallies(a: Mapping[str, Evaluation], b: Mapping[str, Evaluation]) -> list[Tally]:
+    """One per metric that both have as a count over all samples; of the samples that both measured."""
+    found = []
+    for name, one, two in ((name, a[name], b[name]) for name in a if name in b):
+        for metric, share in one.statistics.items():
+            if not isinstance(share, Share) or share.where or metric not in one.counts.keys() & two.counts.keys():
+                continue
+            rows, others = paired(one.samples, two.samples)
+            if table := contingency((share, two.statistics.get(metric, share)), rows, others):
+                hits = [round(value(share, side) * len(rows)) for side in (rows, others)]
+                found.append(Tally(name, metric, hits[0], hits[1], len(rows), mcnemar(*table)))
+    return found
 
 
 def compare(

@@ -131,7 +131,7 @@ def differences(
             drawn[name].append(g(weights) - f(weights))
     once, found = torch.ones(1, len(rows), dtype=torch.float64), {}
     for name, (f, g) in bound.items():
-        gap, spread, table = float(g(once) - f(once)), torch.cat(drawn[name]), _table(both[name], rows, others)
+        gap, spread, table = float(g(once) - f(once)), torch.cat(drawn[name]), contingency(both[name], rows, others)
         p_value, test = (
             (bootstrap_p_value(spread), "paired bootstrap") if table is None else (mcnemar(*table), "McNemar")
         )
@@ -155,6 +155,11 @@ def mcnemar(lost: int, won: int) -> float:
     return min(1.0, 2 * sum(math.exp(log) for log in logs)) if n else 1.0
 
 
+def standard_error(hits: int, total: int) -> float:
+    """Of the share hits / total: sqrt(p (1 - p) / n), binomial."""
+    return math.sqrt(hits * (total - hits) / total**3) if total else math.nan
+
+
 def bootstrap_p_value(differences: Tensor) -> float:
     """Twice the share of draws (b,) on the rarer side of zero, zero on both; never below 2 / (b + 1)."""
     seen = differences[~differences.isnan()]
@@ -172,7 +177,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _table(both: tuple[Statistic, Statistic], rows: Records, others: Records) -> tuple[int, int] | None:
+def contingency(both: tuple[Statistic, Statistic], rows: Records, others: Records) -> tuple[int, int] | None:
     """How many only the first has right, and only the second; None where answers aren't right or wrong."""
     one, two = both
     if not (isinstance(one, Share) and isinstance(two, Share) and one == two and one.binary):
