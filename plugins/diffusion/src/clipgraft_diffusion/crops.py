@@ -48,7 +48,7 @@ class Crops:
     def __getitem__(self, index: int) -> Sample:
         sample = self.source[index]
         if min(sides(sample.image)) < self.smallest:
-            raise BadSample(f"{sample.id}: smaller than one patch of {self.smallest} px")
+            raise BadSample(sample.id, f"smaller than one patch of {self.smallest} px")
         if self._part is None:
             pixels = self._whole(sample.image)
         else:
