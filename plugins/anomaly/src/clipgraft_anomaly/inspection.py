@@ -6,18 +6,25 @@ Any data source with labels 0 (normal) and 1 (anomalous) will do; what is more t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from clipgraft.data.base import Sample, Source
+from clipgraft.data.images import MAX_PIXELS
 from clipgraft.errors import InputError
+
+if TYPE_CHECKING:
+    from clipgraft.log import RunLog
+    from clipgraft.registry import Registry
 
 CLASSES = ("normal", "anomalous")
 GOOD = "good"
 """The kind of a normal picture."""
+SCHEMES = {"folder": "anomaly/parts", "csv": "anomaly/parts-table"}
+"""Data references that mean something else here than for classes and captions."""
 
 
 @runtime_checkable
@@ -62,6 +69,25 @@ def resized_mask(mask: Tensor, size: int | tuple[int, int]) -> Tensor:
     if tuple(mask.shape) == target:
         return mask
     return (F.interpolate(mask[None, None].float(), target, mode="bilinear", align_corners=False)[0, 0] > 0.5).byte()
+
+
+def open_inspection(
+    reference: str, *, registry: Registry | None = None, max_pixels: int = MAX_PIXELS, log: RunLog | None = None
+) -> Source:
+    """Any data reference with normal and anomalous pictures; ``folder:DIR`` is ``parts:DIR``, ``csv:FILE`` a table.
+
+    What is odd about the data, such as missing masks, is said on ``log``.
+    """
+    from clipgraft.data import open_source
+
+    scheme, colon, rest = reference.partition(":")
+    source = open_source(SCHEMES.get(scheme, scheme) + colon + rest, registry=registry, max_pixels=max_pixels)
+    if not isinstance(source, Source):
+        raise InputError(f"{reference} holds minimal pairs; inspection needs single pictures, normal and anomalous")
+    check_labels(source)
+    for note in getattr(source, "notes", ()) if log is not None else ():
+        log.info(note)
+    return source
 
 
 def check_labels(source: Source) -> None:

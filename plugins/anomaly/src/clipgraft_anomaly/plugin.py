@@ -5,21 +5,49 @@ from __future__ import annotations
 from clipgraft.spec import Component, hookimpl
 
 _PACKAGE = "clipgraft_anomaly"
+ANOMALYCLIP = (
+    "Zhou et al., AnomalyCLIP: Object-agnostic Prompt Learning for Zero-shot Anomaly Detection, ICLR 2024, "
+    "arXiv 2310.18961"
+)
 
 
 @hookimpl
 def clipgraft_datasets() -> list[Component]:
-    """Data sources."""
-    return []
+    """Data sources, opened as ``name:PATH?split=train&object=NAME``."""
+    rows = (
+        ("mvtec", "layouts_mvtec:mvtec", "layouts_mvtec:MvtecConfig", "MVTec AD, or anything in its layout"),
+        ("parts", "layouts_parts:parts", "layouts_parts:PartsFolderConfig", "Folders normal/, abnormal/ and mask/"),
+    )
+    return [
+        Component(name=name, target=f"{_PACKAGE}.{target}", config=f"{_PACKAGE}.{config}", summary=summary)
+        for name, target, config, summary in rows
+    ]
 
 
 @hookimpl
 def clipgraft_heads() -> list[Component]:
     """Detectors: the component that makes a CLIP one."""
-    return []
+    return [
+        Component(
+            name="anomalyclip",
+            target=f"{_PACKAGE}.anomalyclip.prompts:AnomalyClip",
+            config=f"{_PACKAGE}.anomalyclip.prompts:AnomalyClipConfig",
+            summary="Two learnt texts, normal and anomalous, that name no object; made by the recipe anomalyclip",
+            paper=ANOMALYCLIP,
+        ),
+    ]
 
 
 @hookimpl
 def clipgraft_recipes() -> list[Component]:
     """Recipes."""
-    return []
+    return [
+        Component(
+            name="anomalyclip",
+            target=f"{_PACKAGE}.anomalyclip.recipe:AnomalyClipRecipe",
+            config=f"{_PACKAGE}.anomalyclip.config:AnomalyClipRunConfig",
+            summary="Learn what damage looks like on some objects, find it on any: two prompts that name no object",
+            paper=ANOMALYCLIP,
+            presets=f"{_PACKAGE}.recipes",
+        ),
+    ]
