@@ -71,8 +71,7 @@ class ConditionConfig(Config):
     """The label that the frozen decoder is told."""
 
     noise_level: NoiseLevel = Field(
-        0,
-        description="noise on the embedding: a level below 1000, uniform (drawn), or off; 0 still adds a spread of .0064",
+        0, description="noise on the embedding: a level below 1000, uniform (drawn), or off; 0 still adds a little"
     )
     shuffled: bool = Field(False, description="control arm: the decoder restores another image's latent")
 
