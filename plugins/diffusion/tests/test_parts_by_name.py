@@ -89,7 +89,7 @@ def test_settings_of_a_part_are_checked_before_any_work(world, registry, tmp_pat
 
 def test_without_this_package_one_line_says_which_is_missing(world, tmp_path):
     alone = Registry.discover(allow=[], files=[world / "details.py"])
-    with pytest.raises(InputError, match="unknown loss .diffusion/eps.*Plugin diffusion is disabled"):
+    with pytest.raises(InputError, match=r"unknown loss .diffusion/eps.*Plugin diffusion is disabled"):
         run_recipe(
             "details", overrides=settings(world, objective="diffusion/eps"), out=tmp_path / "run", registry=alone
         )
