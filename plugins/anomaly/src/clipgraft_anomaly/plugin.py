@@ -17,6 +17,8 @@ def clipgraft_datasets() -> list[Component]:
     rows = (
         ("mvtec", "layouts_mvtec:mvtec", "layouts_mvtec:MvtecConfig", "MVTec AD, or anything in its layout"),
         ("parts", "layouts_parts:parts", "layouts_parts:PartsFolderConfig", "Folders normal/, abnormal/ and mask/"),
+        ("visa", "layouts_visa:visa", "layouts_visa:VisaConfig", "VisA, as published or converted to folders"),
+        ("parts-table", "layouts_table:parts_table", "layouts_table:PartsTableConfig", "CSV, TSV or JSON lines"),
     )
     return [
         Component(name=name, target=f"{_PACKAGE}.{target}", config=f"{_PACKAGE}.{config}", summary=summary)

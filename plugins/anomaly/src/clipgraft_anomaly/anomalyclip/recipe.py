@@ -1,0 +1,78 @@
+"""AnomalyCLIP's recipe (Zhou et al., AnomalyCLIP: Object-agnostic Prompt Learning for Zero-shot Anomaly Detection,
+
+ICLR 2024, arXiv 2310.18961): one stage, ``prompts``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from clipgraft.errors import ClipgraftError
+from clipgraft.files import tensors_digest
+from clipgraft.recipe import StagePlan
+from clipgraft.runner import Run
+from clipgraft_anomaly.anomalyclip.config import AnomalyClipRunConfig
+from clipgraft_anomaly.anomalyclip.prompts import AnomalyClip
+from clipgraft_anomaly.anomalyclip.stage import PromptStage, produce
+from clipgraft_anomaly.detector import Fits
+from clipgraft_anomaly.feature_store import FeatureStore, store_key
+from clipgraft_anomaly.inspection import check_labels
+from clipgraft_anomaly.reading import Reader
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+class AnomalyClipRecipe:
+    """One stage, ``prompts``."""
+
+    def __init__(self, config: AnomalyClipRunConfig) -> None:
+        self.config = config
+
+    def plan(self) -> list[StagePlan]:
+        """The stage."""
+        return [StagePlan("prompts", self._prompts)]
+
+    def check(self, run: Run) -> list[str]:
+        """A tower, prompts and data that fit each other, seen before any work."""
+        problems = []
+        for attempt in (
+            lambda: self.config.read.resolved(run.encoder),
+            lambda: self.config.prompt.resolved(run.encoder),
+            lambda: check_labels(run.train_source()),
+        ):
+            try:
+                attempt()
+            except (ClipgraftError, ValueError) as error:
+                problems.append(str(error))
+        return problems
+
+    def _prompts(self, run: Run) -> PromptStage:
+        c, encoder = self.config, run.encoder.requires_grad_(False).eval()
+        read, prompt, source = c.read.resolved(encoder), c.prompt.resolved(encoder), run.train_source()
+        reader = Reader(encoder, read)
+        store = FeatureStore(
+            source,
+            produce(reader),
+            replace(encoder.preprocess, size=(reader.size, reader.size), resize_mode="squash"),
+            run.path / "features",
+            store_key(
+                tower=tensors_digest(encoder.image.state_dict()),
+                architecture=encoder.data.origin.architecture,
+                data=source.fingerprint,
+                read=read.model_dump_json(include={"size", "layers", "vv_start", "ln_post_global", "resampling"}),
+                dtype=c.cache.dtype,
+            ),
+            keep=c.cache.keep,
+            dtype=DTYPES[c.cache.dtype],
+            batch_size=c.cache.batch_size,
+            device=run.device,
+        )
+        store.fill(run.log)
+        if store.bad:
+            run.log.info(f"prompts: {len(store.bad)} pictures can't be read: {'; '.join(store.bad[:3])}")
+        head = AnomalyClip(prompt=prompt, read=read, fits=Fits.of(encoder)).to(run.device)
+        return PromptStage(
+            "prompts", train=c.train, store=store, encoder=encoder, head=head, grid=reader.grid, local=c.loss.local
+        )
