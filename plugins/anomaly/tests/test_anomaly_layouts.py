@@ -236,3 +236,112 @@ def test_what_is_no_inspection_data_is_refused():
     with pytest.raises(InputError, match="minimal pairs"):
         open_inspection("toyworld/pairs?per_pattern=1")
     assert len(open_inspection("toyworld/defects?n=4")) == 4
+
+
+def visa_tree(root, part="pcb1"):
+    rows = ["object,split,label,image,mask"]
+    for n, split in enumerate(("train", "test")):
+        picture(root / part / "Data/Images/Normal" / f"{n:04}.JPG", value=n)
+        rows.append(f"{part},{split},normal,{part}/Data/Images/Normal/{n:04}.JPG,")
+    for n in range(2):
+        picture(root / part / "Data/Images/Anomaly" / f"{n:03}.JPG", value=30 + n)
+        mask(root / part / "Data/Masks/Anomaly" / f"{n:03}.png", value=n + 1)  # ids, not 255
+        image, where = f"{part}/Data/Images/Anomaly/{n:03}.JPG", f"{part}/Data/Masks/Anomaly/{n:03}.png"
+        rows.append(f"{part},test,anomaly,{image},{where}")
+    table = root / "split_csv/1cls.csv"
+    table.parent.mkdir(exist_ok=True)
+    if table.exists():
+        rows = [*table.read_text().splitlines(), *rows[1:]]
+    table.write_text("\n".join(rows) + "\n")
+    return table
+
+
+def test_visa_as_published_follows_its_table_and_masks_hold_small_ids(tmp_path):
+    visa_tree(tmp_path)
+    table = visa_tree(tmp_path, "candle")
+    source = open_inspection(f"visa:{tmp_path}?object=candle")
+    assert facts(source) == [
+        ("candle/Data/Images/Normal/0001.JPG", 0, False),
+        ("candle/Data/Images/Anomaly/000.JPG", 1, True),
+        ("candle/Data/Images/Anomaly/001.JPG", 1, True),
+    ]
+    assert [int(source.mask(i).max()) for i in (1, 2)] == [1, 1]
+    assert len(open_inspection(f"visa:{tmp_path}")) == 6 and len(open_inspection(f"visa:{tmp_path}?split=train")) == 2
+    (tmp_path / "candle/Data/Masks/Anomaly/001.png").unlink()
+    noted = open_inspection(f"visa:{tmp_path}")
+    assert "1 of 4 anomalous pictures have no mask" in noted.notes[0]
+    with pytest.raises(InputError, match=r"2cls_fewshot\.csv is missing"):
+        open_inspection(f"visa:{tmp_path}?protocol=2cls_fewshot")
+    table.write_text(table.read_text().replace("pcb1,test,normal", "pcb1,test,fine"))
+    with pytest.raises(InputError, match="line 3 has label 'fine'"):
+        open_inspection(f"visa:{tmp_path}")
+    table.write_text("object,split,label,image\n")
+    with pytest.raises(InputError, match="no column mask"):
+        open_inspection(f"visa:{tmp_path}")
+
+
+@pytest.mark.parametrize("inside", ["", "1cls", "visa_pytorch"])
+def test_visa_converted_to_folders(tmp_path, inside):
+    part = tmp_path / inside / "candle"
+    for where in ("train/good/0", "test/good/1", "test/bad/0", "test/bad/1"):
+        picture(part / f"{where}.JPG")
+    for n in range(2):
+        mask(part / f"ground_truth/bad/{n}.png")
+    source = open_inspection(f"visa:{tmp_path}")
+    assert [row[1:] for row in facts(source)] == [(1, True), (1, True), (0, False)] and names_of(source) == ("candle",)
+    with pytest.raises(InputError, match="neither split_csv"):
+        open_inspection(f"visa:{part / 'test'}")
+    with pytest.raises(InputError, match="needs split_csv"):
+        open_inspection(f"visa:{tmp_path}?protocol=2cls_highshot")
+
+
+def test_tables_in_csv_and_json_lines_say_the_same(tmp_path):
+    picture(tmp_path / "images/a.png")
+    picture(tmp_path / "images/b.png")
+    picture(tmp_path / "images/c.png")
+    mask(tmp_path / "images/b_damage.png")
+    (tmp_path / "parts.csv").write_text(
+        "image,label,mask,object,split\nimages/a.png,good,,nut,test\nimages/b.png,1,images/b_damage.png,nut,test\n"
+        "images/c.png,normal,,nut,train\n"
+    )
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables/parts.jsonl").write_text(
+        '{"image": "a.png", "label": 0, "object": "nut"}\n\n'
+        '{"image": "b.png", "label": true, "mask": "b_damage.png", "object": "nut", "split": "test"}\n'
+        '{"image": "c.png", "label": false, "mask": null, "object": "nut", "split": "train"}\n'
+    )
+    one = open_inspection(f"csv:{tmp_path / 'parts.csv'}")
+    two = open_inspection(f"parts-table:{tmp_path / 'tables/parts.jsonl'}?root=../images")
+    assert facts(one) == [("images/a.png", 0, False), ("images/b.png", 1, True)]
+    assert [row[1:] for row in facts(two)] == [row[1:] for row in facts(one)] and names_of(one) == names_of(two)
+    assert torch.equal(one.mask(1), two.mask(1)) and len(open_inspection(f"csv:{tmp_path / 'parts.csv'}?split=train"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("image,mask\na.png,\n", "columns image and label"),
+        ("image,label\na.png,maybe\n", "line 2: label 'maybe'"),
+        ("image,label\na.png,\n", "line 2: has no label"),
+        ("image,label\na.png,0\na.png,0\n", "listed before"),
+        ("image,label,mask\na.png,1,m.png\n", r"no mask m\.png"),
+        ("image,label,mask\na.png,1,m.jpg\n", "is a JPEG"),
+        ("image,label\na.png,0,5\n", "more cells"),
+        ("image,label\n", "holds no row"),
+    ],
+)
+def test_tables_with_mistakes_name_the_line(tmp_path, text, said):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(InputError, match=said):
+        open_inspection(f"parts-table:{tmp_path / 't.csv'}")
+
+
+def test_a_table_cannot_reach_outside_its_root(tmp_path):
+    picture(tmp_path / "outside.png")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/t.csv").write_text("image,label\n../outside.png,0\n")
+    source = open_inspection(f"csv:{tmp_path / 'in/t.csv'}")
+    with pytest.raises(BadSample, match="leaves the data folder"):
+        source[0]
+    with pytest.raises(BadSample, match="leaves the data folder"):
+        source.content(0)
