@@ -19,7 +19,7 @@ from clipgraft_diffusion.feedback import Feedback
 from clipgraft_diffusion.flow import LogitNormal, Uniform
 from clipgraft_diffusion.genhancer.stages import ClipStage, GeneratorStage, weight_drift
 from clipgraft_diffusion.latent import TokenLatent, VaeLatent
-from clipgraft_diffusion.target import TOKENS, Target
+from clipgraft_diffusion.target import Target
 
 TRAIN = TrainConfig(steps=2, batch_size=4, lr=1e-3)
 LORA = {"rank": 4, "alpha": 4.0, "towers": ("image",), "targets": ("q", "k", "v", "o", "mlp"), "biases": True}
@@ -173,17 +173,6 @@ def test_g08_text_outputs_are_bit_identical_after_a_step(tune):
     before = stage.encoder.text(tokens).pooled
     step(stage)
     assert torch.equal(stage.encoder.text(tokens).pooled, before)
-
-
-def test_g11_local_tokens_reach_the_condition_only_through_the_pooled_embedding():
-    stage = generator_stage()
-    features = stage.target.base.image(stage.target.base.preprocess.normalize(pixels()), TOKENS)
-    condition = stage.feedback.condition
-    told = condition(features.pooled)
-    features.tokens.normal_()
-    again = condition(features.pooled)
-    assert torch.equal(told.vec, again.vec)
-    assert torch.equal(told.txt, again.txt)
 
 
 def test_g17_logit_scale_and_bias_get_no_gradient():
