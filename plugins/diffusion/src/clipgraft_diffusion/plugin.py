@@ -9,6 +9,10 @@ GENHANCER = (
     "arXiv 2503.19480"
 )
 DIVA = "Wang et al., Diffusion Feedback Helps CLIP See Better, ICLR 2025, arXiv 2407.20171"
+SDS_CLIP = (
+    "Basu et al., Distilling Knowledge from Text-to-Image Generative Models Improves Visio-Linguistic Reasoning in "
+    "CLIP, EMNLP 2024, arXiv 2307.09233"
+)
 UN2CLIP = (
     "Li et al., un2CLIP: Improving CLIP's Visual Detail Capturing Ability via Inverting unCLIP, NeurIPS 2025, "
     "arXiv 2505.24517"
@@ -47,6 +51,15 @@ def clipgraft_recipes() -> list[Component]:
             presets="clipgraft_diffusion.discrete_recipes",
         ),
         Component(
+            name="sds-clip",
+            target="clipgraft_diffusion.sds.recipe:SdsClip",
+            config="clipgraft_diffusion.sds.config:SdsClipConfig",
+            summary="A frozen text-to-image model, told the caption, judges CLIP's image embedding beside InfoNCE",
+            needs=("diffusers>=0.36", "transformers>=4.56"),
+            paper=SDS_CLIP,
+            presets="clipgraft_diffusion.recipes",
+        ),
+        Component(
             name="un2clip",
             target="clipgraft_diffusion.unclip.recipe:Un2Clip",
             config="clipgraft_diffusion.unclip.config:Un2ClipConfig",
@@ -75,6 +88,13 @@ def clipgraft_heads() -> list[Component]:
             config="clipgraft_diffusion.condition:GlobalTokenConfig",
             summary="GenHancer's condition: the global embedding as a pooled vector and as one token",
             paper=GENHANCER,
+        ),
+        Component(
+            name="latent-mapper",
+            target="clipgraft_diffusion.sds.mapper:LatentMapper",
+            config="clipgraft_diffusion.sds.mapper:LatentMapperConfig",
+            summary="SDS-CLIP's map: the image embedding, linearly, as a generator's latent",
+            paper=SDS_CLIP,
         ),
         Component(
             name="unclip-label",
@@ -121,6 +141,14 @@ def clipgraft_losses() -> list[Component]:
             config="clipgraft_diffusion.objectives:MaskedTokenConfig",
             summary="A generator must name an image's hidden codes from the shown ones",
             paper=GENHANCER,
+        ),
+        Component(
+            name="sds",
+            target="clipgraft_diffusion.sds.loss:sds_loss",
+            config="clipgraft_diffusion.sds.loss:SdsConfig",
+            summary="Score distillation of a latent, through the generator or with its error as the gradient",
+            needs=("diffusers>=0.36",),
+            paper=SDS_CLIP,
         ),
     ]
 
