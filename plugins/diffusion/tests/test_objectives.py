@@ -18,12 +18,18 @@ from clipgraft_diffusion.masked import MaskedFeedback, MaskLaw
 from clipgraft_diffusion.perceiver import Perceiver
 
 B, L, K = 4, 12, 30
-LOSSES = ["eps", "v", "flow", "masked-token"]
+REGISTRY = Registry.discover(allow=["diffusion"])
+LOSSES = [r.component.name for r in REGISTRY.list("loss") if r.plugin == "diffusion"]
+"""Every loss of this plugin has the same interface."""
 
 
 @pytest.fixture(scope="module")
 def registry():
-    return Registry.discover(allow=["diffusion"])
+    return REGISTRY
+
+
+def test_the_objectives_are_there():
+    assert {"eps", "v", "flow", "masked-token"} <= set(LOSSES)
 
 
 class Told:
