@@ -165,6 +165,13 @@ def clipgraft_claims() -> list[Component]:
             paper=DIVA,
         ),
         Component(
+            name="diva-own",
+            target="clipgraft_diffusion.diva.claims:OWN",
+            summary="The same with a generator pretrained over each base's own tokens, told by its own text tower",
+            needs=("clipgraft-toyworld",),
+            paper=DIVA,
+        ),
+        Component(
             name="genhancer",
             target="clipgraft_diffusion.genhancer.claims:GENHANCER",
             summary="Details become readable from the global embedding while zero-shot is kept",
