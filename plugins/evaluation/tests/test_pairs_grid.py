@@ -120,9 +120,11 @@ def test_rows_are_the_model_with_each_activation(kind: Any) -> None:
     expected = {"gelu": plain(encoder), "quickgelu": plain(other)}
     assert [r["margins"] for r in expected["gelu"].samples] != [r["margins"] for r in expected["quickgelu"].samples]
     for own, measured in {"gelu": encoder, "quickgelu": other}.items():
-        found = grid(measured)
+        found = grid(measured, activations=True)
         assert found.metrics.keys() == {
-            f"{row}/{column}" for row in expected for column in ("cls", "official", "official/sd")
+            f"{row}/{column}"
+            for row in expected
+            for column in ("cls", "cls/total", "official", "official/sd", "official/total")
         }
         for row, one in expected.items():
             assert found.metrics[f"{row}/cls"] == pytest.approx(one.metrics["mean"])
@@ -138,38 +140,53 @@ def test_official_pooling_by_definition(official: Any, repeats: int) -> None:
     found = grid(encoder, official=official, repeats=repeats, seed=5)
     rights = by_definition(encoder, official, repeats=repeats, seed=5)
     shares = [sum(right) / repeats for right in rights]
-    assert [row["gelu/official"] for row in found.samples] == pytest.approx(shares)
-    assert found.metrics["gelu/official"] == pytest.approx(mean_over_patterns(shares)) and 0 < sum(shares) < 30
+    assert [row["own/official"] for row in found.samples] == pytest.approx(shares)
+    most = sum(2 * sum(right) > repeats for right in rights)
+    assert found.counts["own/official/total"] == (most, 30) and found.metrics["own/official/total"] == most / 30
+    assert found.metrics["own/official"] == pytest.approx(mean_over_patterns(shares)) and 0 < sum(shares) < 30
     if repeats > 1:
         runs = torch.tensor([mean_over_patterns([float(r[k]) for r in rights]) for k in range(repeats)])
-        assert found.metrics["gelu/official/sd"] == pytest.approx(float(runs.std()))
+        assert found.metrics["own/official/sd"] == pytest.approx(float(runs.std()))
     else:
-        assert "gelu/official/sd" not in found.metrics
+        assert "own/official/sd" not in found.metrics
 
 
 def test_before_and_after(tmp_path: Path) -> None:
     base, encoder = tiny_clip(seed=1), tiny_clip(seed=2)
     write_export(base, tmp_path / "base")
     found = grid(encoder, before=str(tmp_path / "base"), official="metaclip")
-    assert found.metrics.keys() == {f"{row}/{column}" for row in ("before", "after") for column in ("cls", "official")}
+    cells = {f"{row}/{column}" for row in ("before", "after") for column in ("cls", "official")}
+    assert found.metrics.keys() == cells | {f"{cell}/total" for cell in cells} | {"cls/p", "official/p"}
     for row, one in {"before": base, "after": encoder}.items():
         assert found.metrics[f"{row}/cls"] == pytest.approx(plain(one).metrics["mean"])
         same = grid(one, official="metaclip")
-        assert found.metrics[f"{row}/official"] == same.metrics["gelu/official"]
+        assert found.metrics[f"{row}/official"] == same.metrics["own/official"]
+        assert found.counts[f"{row}/cls/total"] == plain(one).counts["total"] == same.counts["own/cls/total"]
+    rights = [[row["correct"] for row in plain(one).samples] for one in (base, encoder)]
+    lost, won = (sum(x > y for x, y in zip(*sides, strict=True)) for sides in (rights, rights[::-1]))
+    assert found.metrics["cls/p"] == statistics.mcnemar(lost, won)
     assert [row["correct"] for row in found.samples] == [row["correct"] for row in plain(encoder).samples]
 
 
 def test_axes_that_a_tower_does_not_have_are_left_out() -> None:
     encoder = tiny_clip(kind="siglip-timm")
     found = grid(encoder)
-    assert found.metrics == {"own/pooled": pytest.approx(plain(encoder).metrics["mean"])}
+    expected = plain(encoder).metrics
+    assert found.metrics == pytest.approx({"own/pooled": expected["mean"], "own/pooled/total": expected["total"]})
     assert [row["correct"] for row in found.samples] == [row["correct"] for row in plain(encoder).samples]
     average = tiny_clip()
     average.image.tower.pool_type = "avg"
-    assert grid(average).metrics.keys() == {"gelu/pooled", "quickgelu/pooled"}
+    assert {name for name in grid(average, activations=True).metrics if name.count("/") == 1} == {
+        "gelu/pooled",
+        "quickgelu/pooled",
+    }
     tanh = tiny_clip()
     tanh.text.tower.transformer.resblocks[0].mlp.gelu = torch.nn.GELU(approximate="tanh")  # type: ignore[union-attr]
-    assert grid(tanh, official="metaclip").metrics.keys() == {"own/cls", "own/official"}
+    assert {name.rpartition("/total")[0] or name for name in grid(tanh, activations=True).metrics} == {
+        "own/cls",
+        "own/official",
+        "own/official/sd",
+    }
 
 
 def test_the_encoder_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +202,7 @@ def test_the_encoder_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
         return one[:2] == two[:2] and all(torch.equal(one[2][k], two[2][k]) for k in one[2])
 
     before = state()
-    grid(encoder)
+    grid(encoder, activations=True)
     assert same(before, state()) and all(p.grad is None for p in encoder.parameters())
     calls = []
 
@@ -197,7 +214,7 @@ def test_the_encoder_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(pairs_grid, "_margins", broken)
     with pytest.raises(RuntimeError, match="half way"):
-        grid(encoder)
+        grid(encoder, activations=True)
     monkeypatch.setattr(PairsGrid, "_mix", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         grid(encoder)
@@ -209,11 +226,11 @@ def test_batches_do_not_matter_and_seeds_do() -> None:
     one, *others = (grid(encoder, batch_size=size) for size in (1, 7, 256))
     for other in others:
         for mine, theirs in zip(one.samples, other.samples, strict=True):
-            assert mine["gelu/official/margin"] == pytest.approx(theirs["gelu/official/margin"], abs=1e-6)
+            assert mine["own/official/margin"] == pytest.approx(theirs["own/official/margin"], abs=1e-6)
     moved = grid(encoder, seed=1)
-    key = "gelu/official/margin"
+    key = "own/official/margin"
     assert [row[key] for row in moved.samples] != [row[key] for row in one.samples]
-    assert [row["gelu/cls/margin"] for row in moved.samples] == [row["gelu/cls/margin"] for row in others[1].samples]
+    assert [row["own/cls/margin"] for row in moved.samples] == [row["own/cls/margin"] for row in others[1].samples]
 
 
 def test_ties_are_wrong() -> None:
@@ -231,9 +248,9 @@ def test_statistics_are_the_metrics_and_come_back(tmp_path: Path) -> None:
     assert found.statistics.keys() == found.metrics.keys()
     for name, statistic in found.statistics.items():
         assert statistics.value(statistic, found.samples) == pytest.approx(found.metrics[name])
-    assert found.lower == {"gelu/official/sd", "quickgelu/official/sd"}
-    low, high = statistics.intervals(found.statistics, found.samples)["gelu/official"]
-    assert low <= found.metrics["gelu/official"] <= high and low < high
+    assert found.lower == {"own/official/sd"}
+    low, high = statistics.intervals(found.statistics, found.samples)["own/official"]
+    assert low <= found.metrics["own/official"] <= high and low < high
     records.save(tmp_path, {"grid": found})
     back = records.read(tmp_path)["grid"]
     values = {name: statistics.value(s, back.samples) for name, s in back.statistics.items()}

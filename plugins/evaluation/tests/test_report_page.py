@@ -228,3 +228,17 @@ def test_numbers_for_people() -> None:
     assert [number(v) for v in (None, 0.0, 0.12345, 1e-5, 12345.0)] == ["–", "0.000", "0.123", "1e-05", "1.23e+04"]
     assert [signed(v) for v in (None, 0.25, -0.25)] == ["–", "+0.250", "−0.250"]
     assert [size(v) for v in (0, 999, 1536, 3 * 1024**2)] == ["0 B", "999 B", "1.5 kB", "3.0 MB"]
+
+
+def test_what_a_recipe_watched_is_drawn(run_dir: Path, squares: object) -> None:
+    without = Page(write_report(run_dir).read_text("utf-8"))
+    rows = [
+        {"step": s, "weight_drift": s / 1e4, "canary": 0.8, "canary_right": 8, "seconds": 0.1} for s in (0, 50, 100)
+    ]
+    (run_dir / "stages/01-clip/watch.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    page = Page(write_report(run_dir).read_text("utf-8"))
+    labels = [str(attributes.get("aria-label")) for tag, attributes in page.tags if tag == "svg"]
+    assert "weight drift over 100 steps, from 0.000 to 0.010" in labels
+    assert "canary over 100 steps, from 0.800 to 0.800" in labels
+    assert not [label for label in labels if label.startswith(("seconds", "canary right"))]
+    assert "Watched beside the training" in page.text and "Watched beside" not in without.text

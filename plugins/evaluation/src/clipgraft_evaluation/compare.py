@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from clipgraft.log import RunLog
     from clipgraft.registry import Registry
 
-__all__ = ["Measured", "Row", "compare", "measure_both", "results_folder"]
+__all__ = ["Measured", "Row", "both_of_run", "compare", "measure_both", "results_folder"]
 
 Found = dict[str, Evaluation]
 
@@ -49,6 +49,16 @@ def results_folder(reference: str) -> Path | None:
             return path / "evaluation" / "after"
         raise InputError(f"{path} is a run that measured nothing after it; compare its model, {path / 'export'}")
     return None
+
+
+def both_of_run(run: str) -> Measured:
+    """What a run measured before it and after it; ``InputError`` where one is missing."""
+    path = Path(run).expanduser()
+    folders = [path / "evaluation" / when for when in ("before", "after")]
+    if missing := [folder.name for folder in folders if not (folder / records.SUMMARY).is_file()]:
+        kind = f"a run that measured nothing {missing[-1]} it" if (path / "status.json").is_file() else "no run"
+        raise InputError(f"{run} is {kind}; give two models or folders of results, or one run with evaluate.on")
+    return Measured(records.read(folders[0]), records.read(folders[1]))
 
 
 def measure_both(

@@ -15,7 +15,10 @@ from clipgraft.registry import current
 
 def compare(
     a: Annotated[str, typer.Argument(metavar="A", help="A model, a folder of clipgraft eval --out, or a run.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="The one that is better or worse than A.")],
+    b: Annotated[
+        str | None,
+        typer.Argument(metavar="[B]", help="The one that is better or worse than A; left out: run A before and after."),
+    ] = None,
     on: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME[?K=V][@SRC],...", help="Evaluators, each with its own data if given."),
@@ -36,17 +39,27 @@ def compare(
     from clipgraft.errors import InputError
     from clipgraft.evaluation import comparison, records
     from clipgraft.log import RunLog
-    from clipgraft_evaluation.compare import measure_both
+    from clipgraft_evaluation import pooling_table
+    from clipgraft_evaluation.compare import both_of_run, measure_both
 
     if not 0 < alpha < 1:
         raise InputError(f"--alpha is {alpha}; give a share between 0 and 1, such as 0.05")
     log = RunLog()
     with redirect_stdout(sys.stderr):  # whatever libraries print
-        both = measure_both(
-            a, b, on=on or (), suite=suite, data=data, batch_size=batch_size, registry=current(), log=log
+        if b is None and (on or suite or data):
+            raise InputError("--on, --suite and --data measure models; name a second one")
+        both = (
+            both_of_run(a)
+            if b is None
+            else measure_both(
+                a, b, on=on or (), suite=suite, data=data, batch_size=batch_size, registry=current(), log=log
+            )
         )
         rows = comparison.compare(both.a, both.b, alpha=alpha, log=log)
-    document = {"a": a, "b": b, "alpha": alpha, "rows": [row.as_dict() for row in rows]}
+    sides, names = ((a, b), ("A", "B")) if b else ((f"{a} before", f"{a} after"), ("before", "after"))
+    tables = pooling_table.pooling_tables(both.a, both.b)
+    document = {"a": sides[0], "b": sides[1], "alpha": alpha, "rows": [row.as_dict() for row in rows]}
+    document |= {"poolings": [table.as_dict() for table in tables]} if tables else {}
     if out is not None:
         for side, found in (("a", both.a), ("b", both.b)):
             records.save(out / side, found)
@@ -61,8 +74,10 @@ def compare(
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 120
-    console.print(f"A  {a}\nB  {b}", markup=False, soft_wrap=True)
-    console.print(comparison.as_table(rows, names=("A", "B"), width=console.width))
+    console.print(f"{names[0]}  {sides[0]}\n{names[1]}  {sides[1]}" if b else a, markup=False, soft_wrap=True)
+    console.print(comparison.as_table(rows, names=names, width=console.width))
+    for table in tables:
+        console.print(pooling_table.as_table(table, names=names))
     for name in dict.fromkeys(row.evaluator for row in rows):
         sizes, n = (
             (len(both.a[name].samples), len(both.b[name].samples)),

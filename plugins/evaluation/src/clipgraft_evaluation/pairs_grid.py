@@ -1,7 +1,8 @@
 """Minimal pairs under the choices that published MMVP-VLM numbers differ by: whose weights, which activation, pooling.
 
 DIVA (Wang et al. 2024, arXiv 2407.20171) measures after training with patches added to the class token, and reports
-the plain class token as before: part of a gain can be the pooling. b images, N patches, D joint embedding, R repeats.
+the plain class token as before: part of a gain can be the pooling. A run that lists this evaluator has both columns
+before and after, which ``pooling_table`` joins. b images, N patches, D joint embedding, R repeats.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from clipgraft.errors import InputError
 from clipgraft.evaluation.base import Evaluation, Features
 from clipgraft.evaluation.features import EncoderFeatures
 from clipgraft.evaluation.progress import LateBar
-from clipgraft.evaluation.statistics import Bound, Records, Share, Statistic
+from clipgraft.evaluation.statistics import Bound, Records, Share, Statistic, mcnemar
 from clipgraft.types import FeatureRequest
 
 Pooling = Literal["openai", "metaclip", "dfn-378"]
@@ -55,14 +56,16 @@ class Spread:
 class PairsGrid(Config):
     """Pairs as ``pairs`` scores them, for two rows by two columns.
 
-    Rows are ``before`` and ``after`` (this model) if ``before`` is given, and this model with each activation
-    otherwise. Columns are ``cls``, the class token alone, and ``official``, the class token with patches as DIVA's
-    evaluation of the named backbone has it; for DFN at 224 pixels and SigLIP that is the tower's own embedding, so
-    there is nothing to compare. An axis that a model doesn't have is left out: a tower without activations to
-    exchange has one row ``own``, one without class token one column ``pooled``.
+    Rows are ``before`` and ``after`` (this model) if ``before`` is given, this model with each activation if
+    ``activations`` is set, and ``own``, this model as it is, otherwise. Columns are ``cls``, the class token alone,
+    and ``official``, the class token with patches as DIVA's evaluation of the named backbone has it; for DFN at 224
+    pixels and SigLIP that is the tower's own embedding, so there is nothing to compare. An axis that a model doesn't
+    have is left out: a tower without activations to exchange has one row ``own``, one without class token one column
+    ``pooled``.
     """
 
-    before: str | None = Field(None, description="model whose weights are those before training; null: activations")
+    before: str | None = Field(None, description="model whose weights are those before training; a run measures both")
+    activations: bool = Field(False, description="rows gelu and quickgelu: the scores if the wrong one is built in")
     official: Pooling = Field("openai", description="whose patches the second pooling adds: openai draws 76 of them")
     repeats: int = Field(5, gt=0, description="how often patches are drawn; the score is the mean")
     seed: int = Field(0, ge=0, description="of drawing patches")
@@ -70,14 +73,17 @@ class PairsGrid(Config):
     def __call__(self, features: Features, source: PairSource) -> Evaluation:
         """``row/column``: mean over patterns, and ``row/column/sd`` over repeats where patches are drawn.
 
-        Records: id, pattern, per cell the share of repeats that are right and the smaller of two margins (mean over
-        repeats); correct and margin are those of this model as it is, by its class token.
+        ``row/column/total`` counts the pairs that are right in more than half of the repeats. With ``before``,
+        ``column/p`` is McNemar's for these counts. Records: id, pattern, per cell the share of repeats that are right
+        and the smaller of two margins (mean over repeats); correct and margin are those of this model as it is, by its
+        class token.
         """
         if not isinstance(source, PairSource):
             raise InputError(f"{source.name} holds single images; this needs minimal pairs, such as mmvp:DIR")
         encoder = features.encoder
         records: dict[str, dict[str, Any]] = {}
         statistics: dict[str, Statistic] = {}
+        counts: dict[str, tuple[int, int]] = {}
         for row, other in self._rows(encoder):
             with _activation(other, row) if row in ACTIVATIONS else nullcontext():
                 cells = self._cells(other, source, features, title=f"encoding {source.name}, {row}")
@@ -85,12 +91,15 @@ class PairsGrid(Config):
             for column, (pairs, margins) in cells.items():
                 cell, drawn = f"{row}/{column}", margins.shape[1] > 1
                 hits = (margins > 0).all(2)  # (n, R)
+                counted = hits.double().mean(1) > 0.5  # (n,)
+                counts[f"{cell}/total"] = (int(counted.sum()), len(counted))
                 statistics[cell] = Share(cell, groups="pattern")
                 statistics |= {f"{cell}/sd": Spread(f"{cell}/hits", "pattern")} if drawn else {}
+                statistics[f"{cell}/total"] = Share(f"{cell}/counted")
                 smaller = margins.amin(2).mean(1).tolist()
-                for pair, right, margin in zip(pairs, hits.tolist(), smaller, strict=True):
+                for pair, right, most, margin in zip(pairs, hits.tolist(), counted.tolist(), smaller, strict=True):
                     found = records.setdefault(pair.id, {"id": pair.id, "pattern": pair.pattern})
-                    found |= {cell: sum(right) / len(right), f"{cell}/margin": margin}
+                    found |= {cell: sum(right) / len(right), f"{cell}/counted": int(most), f"{cell}/margin": margin}
                     found |= {f"{cell}/hits": [int(hit) for hit in right]} if drawn else {}
                     if own and column != "official":
                         found |= {"correct": right[0], "margin": margin}
@@ -98,13 +107,18 @@ class PairsGrid(Config):
         once = torch.ones(1, len(rows), dtype=torch.float64)
         metrics = {name: float(statistic.bind(rows)(once)) for name, statistic in statistics.items()}
         metrics |= {"skipped": float(len(source) - len(rows))} if len(source) > len(rows) else {}
+        for column in ("cls", "official", "pooled"):
+            if {f"before/{column}/total", f"after/{column}/total"} <= counts.keys():
+                both = [(row[f"before/{column}/counted"], row[f"after/{column}/counted"]) for row in rows]
+                metrics[f"{column}/p"] = mcnemar(sum(a > b for a, b in both), sum(b > a for a, b in both))
         spread = frozenset(name for name, statistic in statistics.items() if isinstance(statistic, Spread))
-        return Evaluation(metrics, {}, rows, statistics, lower=spread)
+        return Evaluation(metrics, counts, rows, statistics, lower=spread)
 
     def _rows(self, encoder: Encoder) -> Iterator[tuple[str, Encoder]]:
         """Names and encoders."""
         if self.before is None:
-            yield from [(name, encoder) for name in ACTIVATIONS] if _kind(encoder) else [("own", encoder)]
+            exchange = self.activations and _kind(encoder)
+            yield from [(name, encoder) for name in ACTIVATIONS] if exchange else [("own", encoder)]
             return
         base = load(self.before).to(next(encoder.image.parameters()))
         if base.text is None:

@@ -18,6 +18,7 @@ from clipgraft_evaluation.figures import curve, inline, panels
 from clipgraft_evaluation.measured import Group, groups, kept, tests, verdicts
 from clipgraft_evaluation.pairs import Card, Change, cards
 from clipgraft_evaluation.patches import PatchPictures, patch_pictures
+from clipgraft_evaluation.pooling_table import POOLINGS, pooling_tables
 from clipgraft_evaluation.rundir import RunRecord, StageLog, read_run
 
 T = TypeVar("T")
@@ -36,6 +37,7 @@ def write_report(run_dir: Path | str, out: Path | str | None = None) -> Path:
     tested = _try(lambda: tests(both), "Paired tests", missing) or {}
     measured = groups(run, both, tested)
     costs = _try(lambda: kept(run), "What was kept", missing) or []
+    poolings = _try(lambda: pooling_tables(*both), "Pairs by pooling", missing) or []
     gallery = _try(lambda: _gallery(run, measured), "Minimal pairs", missing)
     patches = _try(lambda: _patches(run), "Patch features", missing)
     if why := _not_kept(run):
@@ -53,6 +55,8 @@ def write_report(run_dir: Path | str, out: Path | str | None = None) -> Path:
         style=Markup(style),
         groups=measured,
         number_tested=len(tested),
+        poolings=poolings,
+        pooling_names=POOLINGS,
         kept=costs,
         verdicts=verdicts(costs),
         tiles=[(group.evaluator, row) for group in measured for row in group.rows[:1]],
@@ -120,7 +124,7 @@ class Gallery:
 
 
 def _gallery(run: RunRecord, groups: Sequence[Group]) -> Gallery | None:
-    group = next((g for g in groups if g.evaluator.partition("@")[0].endswith("pairs")), None)
+    group = next((g for g in groups if g.evaluator.partition("@")[0].endswith(("pairs", "pairs-grid"))), None)
     if group is None or group.change is None:
         raise ClipgraftError("this run kept no records of minimal pairs (add core/pairs to evaluate.on)")
     gained = cards(run, group.evaluator, group.change.gained, at_most=GAINED)
@@ -135,12 +139,13 @@ def _patches(run: RunRecord) -> PatchPictures:
 
 @dataclass(frozen=True, slots=True)
 class StageFigures:
-    """A stage's curves: the loss, and each of its terms."""
+    """A stage's curves: the loss, each of its terms, and what a recipe watched beside them."""
 
     name: str
     steps: int
     loss: Markup
     terms: tuple[Markup, ...]
+    watched: tuple[Markup, ...] = ()
 
 
 def _stages(stages: Sequence[StageLog]) -> Iterator[StageFigures]:
@@ -159,7 +164,16 @@ def _stages(stages: Sequence[StageLog]) -> Iterator[StageFigures]:
             _curve(f"{stage.name}-{index}", title, steps, values, large=index == 0)
             for index, (title, values) in enumerate(named.items())
         ]
-        yield StageFigures(stage.name, int(steps[-1]), drawn[0], tuple(drawn[1:]))
+        yield StageFigures(stage.name, int(steps[-1]), drawn[0], tuple(drawn[1:]), tuple(_watched(stage)))
+
+
+def _watched(stage: StageLog) -> Iterator[Markup]:
+    """A curve per number of ``watch.jsonl``, but for counts and seconds."""
+    steps = [float(row["step"]) for row in stage.watched]
+    for key in dict.fromkeys(key for row in stage.watched for key in row):
+        if key not in ("step", "seconds", "canary_right", "canary_images"):
+            values = [_float(row.get(key)) for row in stage.watched]
+            yield _curve(f"{stage.name}-watch-{key}", key.replace("_", " "), steps, values, large=False)
 
 
 def _curve(name: str, title: str, steps: Sequence[float], values: Sequence[float], *, large: bool) -> Markup:

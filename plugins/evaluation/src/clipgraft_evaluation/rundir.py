@@ -21,10 +21,11 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class StageLog:
-    """One training stage: the lines of its metrics.jsonl, in order."""
+    """One training stage: the lines of its metrics.jsonl, in order, and of the watch.jsonl that some recipes write."""
 
     name: str
     rows: tuple[Record, ...]
+    watched: tuple[Record, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,9 @@ def read_run(path: Path) -> RunRecord:
         status=_json(path / "status.json") or {},
         before=evaluations.get("before", {}),
         after=evaluations.get("after", {}),
-        stages=tuple(StageLog(log.parent.name, read_lines(log)) for log in logs),
+        stages=tuple(
+            StageLog(log.parent.name, read_lines(log), read_lines(log.with_name("watch.jsonl"))) for log in logs
+        ),
         export=_json(path / "export" / "clipgraft.json"),
         kept=tuple(retention.read(path)),
         retention=_json(path / retention.STATE) or {},
