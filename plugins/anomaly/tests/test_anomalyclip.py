@@ -85,7 +85,7 @@ def test_a10_what_belongs_to_one_prompt_never_changes_the_other():
     encoder, head = setting()
     before = head.embed(encoder)
     with torch.no_grad():
-        head.context[0] += 1
+        head.context[0] += torch.randn(6, 32)
     after = head.embed(encoder)
     torch.testing.assert_close(after[1], before[1], atol=1e-6, rtol=0)
     assert (after[0] - before[0]).abs().max() > 1e-4
@@ -98,7 +98,7 @@ def test_context_behind_deep_tokens_matters_and_the_overwritten_part_only_throug
     for part in (slice(0, 2), slice(2, 6)):
         other = copy.deepcopy(head)
         with torch.no_grad():
-            other.context[:, part] += 0.5
+            other.context[:, part] += torch.randn(other.context[:, part].shape)
         moved.append((other.embed(encoder) - before).norm())
     assert 0 < moved[0] < moved[1]
 
