@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -137,3 +139,12 @@ def test_random_weights_are_other_weights_of_like_size(tiny_diffusion):
     after = dict(critic.unet.named_parameters())
     assert all(not torch.equal(after[name], p) for name, p in before.items())
     assert all(0.5 < float(after[name].std() / p.std()) < 2 for name, p in before.items())
+
+
+@pytest.mark.slow
+def test_parts_open_in_a_process_that_has_not_met_diffusers(tiny_diffusion):
+    code = (
+        "import sys; from clipgraft_diffusion.unet import open_stable_diffusion; "
+        "assert 'diffusers' not in sys.modules; open_stable_diffusion(sys.argv[1], prompt='a')"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tiny_diffusion)], check=True, capture_output=True, timeout=120)

@@ -207,8 +207,10 @@ def open_stable_diffusion(
     ``weights`` by part (``unet``, ``vae``, ``text_encoder``) pin files or draw random weights; ``log`` is told the
     sha256 of each.
     """
-    import diffusers
     import transformers
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     def part(opener: Any, folder: str, **more: Any) -> Any:
         more |= {"revision": revision, "weights": (weights or {}).get(folder), "log": log}
@@ -216,21 +218,11 @@ def open_stable_diffusion(
 
     tokenizer = part(transformers.CLIPTokenizer, "tokenizer")
     encoder = part(transformers.CLIPTextModel, "text_encoder", use_safetensors=True, dtype=torch.float32)
-    scheduler: Any = part(diffusers.schedulers.scheduling_ddpm.DDPMScheduler, "scheduler")
+    scheduler: Any = part(DDPMScheduler, "scheduler")
     if problem := _target_problem(name, dict(scheduler.config)):
         raise InputError(problem)
-    unet = part(
-        diffusers.models.unets.unet_2d_condition.UNet2DConditionModel,
-        "unet",
-        use_safetensors=True,
-        torch_dtype=torch.float32,
-    )
-    vae = part(
-        diffusers.models.autoencoders.autoencoder_kl.AutoencoderKL,
-        "vae",
-        use_safetensors=True,
-        torch_dtype=torch.float32,
-    )
+    unet = part(UNet2DConditionModel, "unet", use_safetensors=True, torch_dtype=torch.float32)
+    vae = part(AutoencoderKL, "vae", use_safetensors=True, torch_dtype=torch.float32)
     return StableDiffusion(
         unet, vae, prompt_states(tokenizer, encoder, prompt), compat=compat, checkpointing=checkpointing
     )
