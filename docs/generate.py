@@ -55,6 +55,7 @@ PLUGIN_MODULES = {
 KIND_TITLES = {
     "encoder": "Encoders", "graft": "Grafts", "head": "Heads", "loss": "Losses", "dataset": "Data sources",
     "evaluator": "Evaluators", "suite": "Suites", "recipe": "Recipes", "run-hook": "Lifecycle hooks", "claim": "Claims",
+    "exporter": "Export formats",
 }  # fmt: skip
 
 KIND_USES = {
@@ -68,6 +69,7 @@ KIND_USES = {
     "recipe": "`clipgraft run NAME[:PRESET]`",
     "run-hook": "an entry of `hooks:`",
     "claim": "`clipgraft claims NAME`",
+    "exporter": "`clipgraft export MODEL --format NAME`",
 }
 
 

@@ -310,6 +310,32 @@ def clipgraft_open(uri):
     assert refused.code == 2 and "open_clip can't hold" in refused.err and not (tmp_path / "theirs").exists()
 
 
+def test_a_plugin_adds_a_format_of_export(cli: Cli, tmp_path: Path) -> None:
+    source = """
+from clipgraft.spec import Component, hookimpl
+
+@hookimpl
+def clipgraft_exporters():
+    return [Component(name="plain-text", target="sampleformat:write")]
+
+def write(model, out, *, registry):
+    print("noise of a library")
+    out.mkdir()
+    (out / "model.txt").write_text(model)
+    return {"export": str(out), "bytes": len(model)}
+
+import sys
+sys.modules["sampleformat"] = sys.modules[__name__]
+"""
+    (tmp_path / "sampleformat.py").write_text(source)
+    args = ("--plugin", tmp_path / "sampleformat.py", "export", "any/model", "--out", tmp_path / "written")
+    found = cli(*args, "--format", "plain-text", "--json")
+    assert found.json == {"model": "any/model", "export": str(tmp_path / "written"), "bytes": 9}
+    assert (tmp_path / "written" / "model.txt").read_text() == "any/model"
+    unknown = cli(*args, "--format", "onxn")
+    assert unknown.code == 2 and "onxn" in unknown.err
+
+
 def test_a_command_of_a_plugin_that_is_not_in_use_says_what_to_do(cli: Cli) -> None:
     for words in (["demo"], ["claims"], ["embed", "x"], ["anomaly", "predict"]):
         missing = cli(*words)

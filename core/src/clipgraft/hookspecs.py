@@ -65,6 +65,11 @@ def clipgraft_claims() -> list[Component]:  # type: ignore[empty-body]
 
 
 @hookspec
+def clipgraft_exporters() -> list[Component]:  # type: ignore[empty-body]
+    """Formats of ``clipgraft export``; the target ``(model, out, *, registry)`` returns {"export": path, ...}."""
+
+
+@hookspec
 def clipgraft_commands() -> list[CommandSpec]:  # type: ignore[empty-body]
     """At most one command group, named like the plugin."""
 

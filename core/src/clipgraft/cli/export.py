@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -20,8 +20,12 @@ def export(
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Directory to write.")],
     format: Annotated[
-        Literal["clipgraft", "open_clip"],
-        typer.Option(help="open_clip insists on a directory that open_clip alone can open."),
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="clipgraft; open_clip, a directory that open_clip alone can open; or a plugin's (clipgraft list "
+            "exporters).",
+        ),
     ] = "clipgraft",
     json: JsonFlag = False,
 ) -> None:
@@ -31,8 +35,11 @@ def export(
     from clipgraft.encoders.openclip import why_not_open_clip
 
     with redirect_stdout(sys.stderr):  # whatever libraries print
-        encoder = load(model, registry=current())
-        if format == "open_clip" and (reason := why_not_open_clip(encoder)):
-            raise InputError(f"open_clip can't hold {model}: {reason}; leave --format out to export it for clipgraft")
-        folder = write_export(encoder, out)
-    emit({"model": model, "export": str(folder)}) if json else print(f"model: {folder}")
+        if format in ("clipgraft", "open_clip"):
+            encoder = load(model, registry=current())
+            if format == "open_clip" and (reason := why_not_open_clip(encoder)):
+                raise InputError(f"open_clip can't hold {model}: {reason}; leave --format out to export for clipgraft")
+            found = {"export": str(write_export(encoder, out))}
+        else:
+            found = current().build("exporter", format, {})(model, out, registry=current())
+    emit({"model": model, **found}) if json else print(f"model: {found['export']}")
