@@ -71,19 +71,27 @@ def test_condition_matters_through_both_routes():
 
 
 def test_g16_guidance_enters_as_one_vector_shared_by_all_samples():
-    x, t, condition = inputs()
-    denoiser = small()
+    denoiser, vectors, whole = small(), [], []
     embed = denoiser.flux.time_text_embed
-
-    def embedded(guidance):
-        return embed(1000 * t, torch.full_like(t, 1000 * guidance), condition.vec)
-
-    difference = embedded(7.0) - embedded(4.0)
-    torch.testing.assert_close(difference, difference[:1].expand_as(difference), atol=1e-5, rtol=0)
-    assert difference.abs().max() > 1e-3
-    out = denoiser(x, t, condition)
-    denoiser.guidance = 7.0
-    assert (denoiser(x, t, condition) - out).abs().max() > 1e-5
+    embed.guidance_embedder.register_forward_hook(lambda _, args, out: vectors.append(out))
+    embed.register_forward_hook(lambda _, args, out: whole.append(out))
+    x, t, condition = inputs()
+    outs = []
+    for guidance in (4.0, 7.0):
+        denoiser.guidance = guidance
+        outs.append(denoiser(x, t, condition))
+    denoiser(*inputs(seed=1))
+    for vector in vectors:  # (B, width), the same row for every sample
+        torch.testing.assert_close(vector, vector[:1].expand_as(vector))
+    torch.testing.assert_close(vectors[1], vectors[2])  # whatever the latent, the time and the condition are
+    moved = vectors[1] - vectors[0]
+    assert moved.abs().max() > 1e-3
+    torch.testing.assert_close(whole[1] - whole[0], moved, atol=1e-5, rtol=1e-4)  # added to time and condition
+    assert (outs[1] - outs[0]).abs().max() > 1e-5
+    denoiser.guidance = 4.0
+    shift = embed.register_forward_hook(lambda _, args, out: out + moved[0])
+    torch.testing.assert_close(denoiser(x, t, condition), outs[1], atol=1e-5, rtol=1e-4)  # and nowhere else
+    shift.remove()
 
 
 def test_no_guidance_embedder_when_it_is_off():
