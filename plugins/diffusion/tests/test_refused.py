@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from PIL import Image
 
 from clipgraft.checkpoint import write_export
@@ -180,3 +181,50 @@ def test_random_parts_and_recomputed_activations_run(world, parts, tmp_path):
         finished.append((out / "export" / "open_clip_model.safetensors").read_bytes())
         assert "random weights (seed 0)" in (out / "log.txt").read_text()
     assert finished[0] == finished[1]
+
+
+def flux(folder, *, channels=32, **sizes):
+    from diffusers import FluxTransformer2DModel
+
+    settings = {
+        "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
+        "joint_attention_dim": 16, "pooled_projection_dim": 16, "guidance_embeds": True, "axes_dims_rope": (4, 6, 6),
+    }  # fmt: skip
+    torch.manual_seed(5)
+    FluxTransformer2DModel(in_channels=channels, **{**settings, **sizes}).save_pretrained(folder / "transformer")
+    return str(folder)
+
+
+SIZES = {"condition": {"vec_dim": 16, "txt_dim": 16}}
+
+
+def blocks(where, **more):
+    return SIZES | {"denoiser": {"from": where, "width": 32, "heads": 2, "depth": 1, "single_depth": 1, **more}}
+
+
+def test_blocks_to_start_from(world, tmp_path):
+    from safetensors.torch import load_file
+
+    where = flux(tmp_path / "flux")
+    settings = {"model.from": str(world / "clip"), "data.from": f"folder:{world / 'pictures'}"}
+    settings |= {"evaluate.retention": "none", **blocks(where, positions=0)}
+    settings |= {"generator.train": TRAIN | {"lr": 1e-9, "weight_decay": 0}, "clip.train": TRAIN}
+    run_recipe("diffusion/genhancer", overrides=settings, out=tmp_path / "run", registry=REGISTRY)
+    left = load_file(tmp_path / "run" / "stages/00-generator/result/denoiser.safetensors")
+    begun = load_file(tmp_path / "flux" / "transformer" / "diffusion_pytorch_model.safetensors")
+    for name, weight in begun.items():
+        torch.testing.assert_close(left[f"flux.{name}"], weight, atol=1e-6, rtol=0)
+    assert "the transformer of" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_blocks_that_do_not_fit(world, tmp_path):
+    def go(where, out=tmp_path, **more):
+        return dry("diffusion/genhancer", world, out, **blocks(where, **{"positions": 0, **more}))
+
+    assert go(flux(tmp_path / "good")).status == "dry-run"
+    refused(lambda: go(str(tmp_path / "good"), positions=4), "set it to 0", tmp_path)
+    refused(lambda: go(str(tmp_path / "good"), sha256="0" * 64), "has the sha256", tmp_path)
+    refused(lambda: go(str(tmp_path / "good"), guidance=None), "guidance_embeds True, denoiser.guidance", tmp_path)
+    refused(lambda: go(flux(tmp_path / "deep", num_layers=2)), "num_layers 2, denoiser.depth makes it 1", tmp_path)
+    refused(lambda: go(flux(tmp_path / "told", joint_attention_dim=24)), "condition.txt_dim makes it 16", tmp_path)
+    refused(lambda: go(str(tmp_path / "nowhere")), "holds no diffusers transformer", tmp_path)

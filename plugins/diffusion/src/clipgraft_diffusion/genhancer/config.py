@@ -51,6 +51,15 @@ class ConditionConfig(Config):
 class DenoiserConfig(Config):
     """The FLUX-like transformer."""
 
+    from_: str | None = Field(
+        None,
+        alias="from",
+        description="directory or Hugging Face id of a FluxTransformer2DModel of these sizes that stage 1 starts from; "
+        "null: random weights, as in the paper",
+    )
+    subfolder: str | None = Field("transformer", description="its folder inside the Hugging Face repository")
+    revision: str | None = Field(None, description="branch, tag or commit of the Hugging Face id")
+    sha256: Sha256 | None = Field(None, description="pins its safetensors")
     width: int = Field(3072, gt=0, description="features of a token")
     heads: int = Field(24, gt=0, description="attention heads; they divide width")
     depth: int = Field(2, gt=0, description="MM-DiT blocks")

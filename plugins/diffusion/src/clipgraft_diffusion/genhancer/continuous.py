@@ -10,8 +10,10 @@ from clipgraft.runner import Run
 from clipgraft_diffusion.condition import GlobalCondition
 from clipgraft_diffusion.denoiser import FluxDenoiser, rope_axes
 from clipgraft_diffusion.feedback import Feedback
+from clipgraft_diffusion.genhancer.begin import begin, begin_problems
 from clipgraft_diffusion.genhancer.config import GenHancerConfig
 from clipgraft_diffusion.genhancer.parts import Kept, StageName, raw_tokens, said, teacher
+from clipgraft_diffusion.genhancer.stages import AnyFeedback
 from clipgraft_diffusion.latent import (
     VAE,
     TokenLatent,
@@ -40,8 +42,10 @@ class Continuous:
         return said(lambda: rope_axes(d.width // d.heads))
 
     def files(self, run: Run) -> list[str]:
-        """The autoencoder and the packed grid, or the teacher and its pooled grid."""
+        """The blocks to start from, the autoencoder and the packed grid, or the teacher and its pooled grid."""
         c = self.config.latent
+        if problems := begin_problems(run, self.config):
+            return problems
         if c.kind == "vae":
             if problem := vae_problem(c.vae, c.subfolder, **self._weights(run)):
                 return [problem]
@@ -71,6 +75,11 @@ class Continuous:
         if isinstance(latent, TokenLatent):
             samples = self.config.latent.samples
             latent.standardise.estimate(raw_tokens(run, latent, base, source, samples=samples))
+
+    def begin(self, run: Run, feedback: AnyFeedback) -> None:
+        """Blocks that are given in place of random ones."""
+        if isinstance(feedback.denoiser, FluxDenoiser):
+            begin(run, self.config, feedback.denoiser)
 
     def feedback(self, base: Encoder, latent: Latent, *, stage: StageName) -> Feedback:
         """Projectors, denoiser and the stage's law of noise levels."""

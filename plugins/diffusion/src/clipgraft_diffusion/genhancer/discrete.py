@@ -16,6 +16,7 @@ from clipgraft_diffusion.condition import projector
 from clipgraft_diffusion.genhancer.discrete_config import DiscreteConfig
 from clipgraft_diffusion.genhancer.parts import Kept, StageName, raw_tokens, said, teacher
 from clipgraft_diffusion.genhancer.recipe import GenHancer
+from clipgraft_diffusion.genhancer.stages import AnyFeedback
 from clipgraft_diffusion.latent import TokenLatent, halvings, token_grid
 from clipgraft_diffusion.masked import MaskedFeedback
 from clipgraft_diffusion.perceiver import Perceiver
@@ -75,6 +76,9 @@ class Discrete:
         if isinstance(latent, TokenCodes):
             raw = raw_tokens(run, latent.tokens, base, source, samples=self.config.codes.samples)
             latent.codebook.fit(raw, seed=run.seed, log=run.log)
+
+    def begin(self, run: Run, feedback: AnyFeedback) -> None:
+        """The predictor starts at random."""
 
     def feedback(self, base: Encoder, latent: Latent, *, stage: StageName) -> MaskedFeedback:
         """Projector, predictor and the stage's law of masks."""

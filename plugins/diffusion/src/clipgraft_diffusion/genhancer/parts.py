@@ -51,6 +51,9 @@ class Generator(Protocol):
     def kept(self, latent: Latent) -> Kept | None:
         """Where what is restored is kept on disk, None for nowhere."""
 
+    def begin(self, run: Run, feedback: AnyFeedback) -> None:
+        """Put into the first stage's feedback what it starts from, where that isn't chance."""
+
     def feedback(self, base: Encoder, latent: Latent, *, stage: StageName) -> AnyFeedback:
         """Condition, denoiser and objective of a stage, with random weights."""
 

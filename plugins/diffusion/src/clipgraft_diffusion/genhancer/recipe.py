@@ -66,6 +66,7 @@ class GenHancer:
         latent = self.generator.latent(run, base)
         self.generator.fit(run, latent, base, source)
         feedback = self.generator.feedback(base, latent, stage="generator")
+        self.generator.begin(run, feedback)
         feedback.noise = c.generator.noise
         return GeneratorStage(
             "generator",
