@@ -96,7 +96,9 @@ def test_uniform_levels_are_drawn_per_sample_before_the_noise():
 
 def test_noise_at_the_last_level_leaves_nothing_of_the_embedding():
     label, noise = like(released(), noise_level=999), embeddings(seed=1)
-    torch.testing.assert_close(label(embeddings(), noise=noise), label(embeddings(seed=2), noise=noise), atol=1e-2, rtol=0)
+    torch.testing.assert_close(
+        label(embeddings(), noise=noise), label(embeddings(seed=2), noise=noise), atol=1e-2, rtol=0
+    )
 
 
 def test_gradient_reaches_the_embedding_scaled_by_the_signal():

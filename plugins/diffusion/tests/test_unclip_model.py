@@ -72,9 +72,7 @@ def test_the_unet_gets_the_prompt_and_the_label_and_the_rest_is_stable_diffusion
     x_t, _, t = draw()
     labels = torch.randn(2, 32, generator=torch.Generator().manual_seed(1))
     prompt = model.decoder.parts.prompt
-    wanted = model.decoder.parts.unet(
-        x_t, t, encoder_hidden_states=prompt.repeat(2, 1, 1), class_labels=labels
-    ).sample
+    wanted = model.decoder.parts.unet(x_t, t, encoder_hidden_states=prompt.repeat(2, 1, 1), class_labels=labels).sample
     assert torch.equal(model.decoder(x_t, t, labels), wanted)
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     mean = model.decoder.parts.vae.encode(2 * pixels - 1).latent_dist.mean
