@@ -28,12 +28,12 @@ TABLE = {
 
 
 def preset(name):
-    given = [] if name == "tiny" else ["data.from=folder:y"]
+    given = [] if name.startswith("tiny") else ["data.from=folder:y"]
     return load_recipe(f"diffusion/diva:{name}", overrides=given, registry=REGISTRY)[1]
 
 
 def test_every_backbone_of_the_paper_has_a_preset():
-    assert {"diva", "diva-tiny", "diva-tiny-own", *(f"diva-{name}" for name in TABLE)} == set(PRESETS)
+    assert {"diva", "diva-own", "diva-tiny", "diva-tiny-own", *(f"diva-{name}" for name in TABLE)} == set(PRESETS)
     default = load_recipe("diffusion/diva", overrides=["data.from=folder:y", "model.from=x"], registry=REGISTRY)[1]
     assert default.recap.kind == "all"
 
@@ -63,8 +63,20 @@ def test_tiny_is_a_frozen_registered_generator_on_the_train_split_measured_on_te
     assert all("split=test" in node.data for node in c.evaluate.on)
 
 
-def test_plan_is_one_stage():
+def test_tiny_own_pretrains_on_other_pictures_of_the_train_split_and_keeps_tinys_second_stage():
+    c, tiny = preset("tiny-own"), preset("tiny")
+    assert (c.denoiser.kind, c.denoiser.random, c.condition.shuffled) == ("train", False, False)
+    assert "split=train" in c.data.from_ and "seed" not in c.data.from_
+    assert "split=train" in c.decoder.data and "seed=1" in c.decoder.data
+    for name in ("train", "noise", "passes", "anchor", "recap", "weight", "evaluate"):
+        assert getattr(c, name) == getattr(tiny, name)
+
+
+def test_plan_is_one_stage_or_two_where_the_run_pretrains_its_generator():
     assert [p.name for p in Diva(DivaConfig(**BASE)).plan()] == ["clip"]
+    own = BASE | {"denoiser": {"kind": "train"}, "anchor": {"weight": 1}}
+    assert [p.name for p in Diva(DivaConfig(**own)).plan()] == ["decoder", "clip"]
+    assert [p.name for p in Diva(DivaConfig(**own, weight=0)).plan()] == ["clip"]
 
 
 def test_contradictions_are_refused():
