@@ -31,6 +31,10 @@ def retention(encoder):
     return ["zero-shot@folder:" + WHERE]
 
 
+def some(encoder):
+    return ["zero-shot@folder:" + WHERE, "core/retrieval@csv:pairs.csv", "absent/knn@folder:" + WHERE]
+
+
 def nothing(encoder):
     return []
 
@@ -98,6 +102,12 @@ def test_both_measurements_the_tests_and_the_card(world, tmp_path, keeper) -> No
     card = (result.export / "README.md").read_text()
     assert f"| core/zero-shot.top1 | {top1['before']:.4f} | {top1['after']:.4f} |" in card
     assert "Nothing was measured" not in card and "forgetting: " in (result.run / "log.txt").read_text()
+
+
+def test_evaluators_of_plugins_that_are_not_in_use_are_left_out(offering) -> None:
+    registry = offering(careful=[("retention", "some")])
+    nodes = suites.open_suite("retention", tiny_clip(), registry=registry)
+    assert [node.use for node in nodes] == ["zero-shot", "core/retrieval"]
 
 
 def test_it_changes_no_weight_and_can_be_switched_off(world, tmp_path, keeper) -> None:

@@ -25,23 +25,28 @@ def test_models_of_the_world_are_known_by_their_words_even_after_an_export(tmp_p
     encoder = load("toyworld/clip-1", registry=REGISTRY)
     write_export(encoder, tmp_path / "copy")
     for model in (encoder, open_export(tmp_path / "copy")):
-        assert speaks_toy(model) and retention(model) == [f"zero-shot@{suites.WORLD}", f"retrieval@{suites.WORLD}"]
+        expected = [f"{what}@{suites.WORLD}" for what in ("zero-shot", "retrieval", suites.KNN, suites.CLUSTERING)]
+        assert speaks_toy(model) and retention(model) == expected
     assert not speaks_toy(tiny_clip(context=32, vocab=187)), "as many words, but others"
 
 
 def test_other_models_get_real_images_where_they_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     both, blind = tiny_clip(), tiny_clip()
     blind.text, blind.data.tokenizer = None, None
+    words, photos = f"zero-shot@{suites.DIGITS}", f"retrieval@{suites.PHOTOS}"
+    structure = [f"{suites.KNN}@{suites.DIGITS}", f"{suites.CLUSTERING}@{suites.DIGITS}"]
     expected = {
-        frozenset({"sklearn", "skimage"}): ([f"zero-shot@{suites.DIGITS}", f"retrieval@{suites.PHOTOS}"], 1),
-        frozenset({"sklearn"}): ([f"zero-shot@{suites.DIGITS}"], 1),
+        frozenset({"sklearn", "skimage"}): ([words, photos, *structure], 1),
+        frozenset({"sklearn"}): ([words, *structure], 1),
         frozenset({"skimage"}): ([], 0),
         frozenset(): ([], 0),
     }
     for installed, (named, probes) in expected.items():
         monkeypatch.setattr(suites, "find_spec", lambda name, here=installed: name if name in here else None)
         assert retention(both) == named
-        assert retention(blind) == [f"linear-probe@{suites.DIGITS}"] * probes
+        assert retention(blind) == [f"linear-probe@{suites.DIGITS}", *structure] * probes
+    toy = load("toyworld/clip-1", registry=REGISTRY)
+    assert [entry.partition("?")[0] for entry in retention(toy)][2:] == ["evaluation/knn"]
 
 
 def test_it_is_measured_on_a_few_hundred_images() -> None:
@@ -54,6 +59,24 @@ def test_it_is_measured_on_a_few_hundred_images() -> None:
     for encoder, names in ((tiny_clip(), {"core/zero-shot", "core/retrieval"}), (blind, {"core/linear-probe"})):
         found = evaluate(encoder, open_suite("retention", encoder, registry=REGISTRY), registry=REGISTRY)
         assert found.keys() == names and all(0 <= v <= 1 for e in found.values() for v in e.metrics.values())
+
+
+def test_with_the_evaluation_plugin_neighbours_and_clusters_are_measured_too() -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("clipgraft_evaluation")
+    registry = Registry.discover(allow=("toyworld", "evaluation"))
+    models = [load("toyworld/clip-1", registry=registry), tiny_clip()]
+    for model in models:
+        found = evaluate(model.eval(), open_suite("retention", model, registry=registry), registry=registry)
+        assert {"evaluation/knn", "evaluation/clustering"} < found.keys()
+        assert found["evaluation/clustering"].metrics.keys() == {"nmi", "accuracy", "ari"}
+        assert found["evaluation/knn"].metrics.keys() == {"top1_weighted_k5", "mean_per_class_weighted_k5"}
+        if model is models[0]:  # knows its classes
+            assert (
+                found["evaluation/knn"].metrics["top1_weighted_k5"]
+                > 0.5
+                < found["evaluation/clustering"].metrics["nmi"]
+            )
 
 
 def test_training_that_ruins_a_model_is_told_so_and_costs_seconds(tmp_path: Path) -> None:

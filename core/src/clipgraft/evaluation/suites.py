@@ -31,11 +31,16 @@ def check_suite(suite: str, *, registry: Registry) -> None:
 
 
 def open_suite(suite: str, encoder: Encoder, *, registry: Registry) -> list[EvaluatorNode]:
-    """What the suite measures on ``encoder``; may be empty when it has nothing for it."""
+    """What the suite measures on ``encoder``; may be empty when it has nothing for it.
+
+    A registered suite may list evaluators of plugins that aren't in use, by their full names: these are left out.
+    """
     if is_file(suite):
         return read_file(Path(suite))
     found: Sequence[str] = registry.build("suite", suite, {})(encoder)
-    return _nodes(list(found), origin=f"suite {suite}")
+    used = {info.name for info in registry.plugins if info.status == "ok"}
+    nodes = _nodes(list(found), origin=f"suite {suite}")
+    return [node for node in nodes if "/" not in node.use or node.use.partition("/")[0] in used]
 
 
 def check_requested(on: Sequence[str], suite: str | None, *, registry: Registry) -> None:

@@ -74,7 +74,7 @@ def clipgraft_suites() -> list[Component]:
         Component(
             name="retention",
             target=f"{_PACKAGE}.suites:retention",
-            summary="Zero-shot and retrieval: in the toy world for its models, real digits and photographs for others",
+            summary="Zero-shot, retrieval, kNN, clusters: of the toy world for its models, of real images for others",
         )
     ]
 

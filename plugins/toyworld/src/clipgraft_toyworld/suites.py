@@ -17,21 +17,27 @@ if TYPE_CHECKING:
 WORLD = "toyworld/images?split=test&n=1024"
 DIGITS = "toyworld/digits?split=test"
 PHOTOS = "toyworld/photos"
+KNN = "evaluation/knn?k=[5]&votes=[weighted]"
+CLUSTERING = "evaluation/clustering?starts=3"
 
 
 def retention(encoder: Encoder) -> list[str]:
     """Entries "NAME@SRC" for this encoder, some hundred images at most beyond the toy world; empty without packages.
 
     A model of the toy world: its 64 coarse classes and short captions. Any other: 359 real digits by their names and
-    twenty photographs by their captions. One without a text tower: a linear probe on the digits.
+    twenty photographs by their captions. One without a text tower: a linear probe on the digits. On the same classes
+    the nearest images and k-means clusters, which the registry leaves out where the evaluation plugin isn't in use.
     """
+    sklearn = find_spec("sklearn") is not None
     if speaks_toy(encoder):
-        return [f"zero-shot@{WORLD}", f"retrieval@{WORLD}"]
-    digits = find_spec("sklearn") is not None
+        return [f"zero-shot@{WORLD}", f"retrieval@{WORLD}", f"{KNN}@{WORLD}"] + [f"{CLUSTERING}@{WORLD}"] * sklearn
+    if not sklearn:
+        return []
+    structure = [f"{KNN}@{DIGITS}", f"{CLUSTERING}@{DIGITS}"]
     if encoder.text is None:
-        return [f"linear-probe@{DIGITS}"] if digits else []
-    photos = digits and find_spec("skimage") is not None
-    return [f"zero-shot@{DIGITS}"] * digits + [f"retrieval@{PHOTOS}"] * photos
+        return [f"linear-probe@{DIGITS}", *structure]
+    photos = find_spec("skimage") is not None
+    return [f"zero-shot@{DIGITS}", *[f"retrieval@{PHOTOS}"] * photos, *structure]
 
 
 def speaks_toy(encoder: Encoder) -> bool:
