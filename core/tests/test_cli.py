@@ -159,6 +159,8 @@ def test_show(cli: Cli, plugin: Path) -> None:
     assert "core/finetune (recipe)" in shown.out and "train.batch_size" in shown.out and "required" in shown.out
     (row,) = cli("show", "core/lora", "--json").json
     assert {"key": "rank", "type": "integer", "default": 8}.items() <= row["config"][0].items() and row["presets"] == []
+    (off,) = [setting for setting in row["config"] if setting["key"] == "biases"]
+    assert off["default"] is False and "false   " in cli("show", "core/lora").out.partition("true | false")[2]
     kinds = {row["kind"] for row in cli("show", "zero-shot", "--json").json}
     assert kinds == {"head", "evaluator"}  # one name, two kinds: both are shown
     assert "needs: absent-package" in cli("--plugin", plugin, "show", "mine").out

@@ -18,8 +18,9 @@ def emit(document: Any) -> None:
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    """Print the columns of ``rows`` aligned under their names."""
-    cells = [list(columns), *([str(row[c]) for c in columns] for row in rows)]
+    """Print the columns of ``rows`` aligned under their names; null, true and false as a config spells them."""
+    spelt = {"None": "null", "True": "true", "False": "false"}
+    cells = [list(columns), *([spelt.get(str(row[c]), str(row[c])) for c in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     for line in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
