@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clipgraft.spec import Component, hookimpl
+from clipgraft.spec import CommandSpec, Component, hookimpl
 
 _PACKAGE = "clipgraft_anomaly"
 ANOMALYCLIP = (
@@ -53,3 +53,22 @@ def clipgraft_recipes() -> list[Component]:
             presets=f"{_PACKAGE}.recipes",
         ),
     ]
+
+
+@hookimpl
+def clipgraft_evaluators() -> list[Component]:
+    """Detectors as evaluators."""
+    return [
+        Component(
+            name="inspection",
+            target=f"{_PACKAGE}.evaluator:Inspection",
+            config=f"{_PACKAGE}.evaluator:Inspection",
+            summary="Image AUROC, pixel AUROC and AUPRO of the detector at hand: a run's own, or one without training",
+        )
+    ]
+
+
+@hookimpl
+def clipgraft_commands() -> list[CommandSpec]:
+    """`clipgraft anomaly`."""
+    return [CommandSpec(name="anomaly", target=f"{_PACKAGE}.commands:app", help="Find defects with a CLIP.")]

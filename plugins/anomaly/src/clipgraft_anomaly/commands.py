@@ -1,0 +1,17 @@
+"""`clipgraft anomaly`: every command in a module of its own, which imports what is heavy when it is called."""
+
+from __future__ import annotations
+
+import typer
+
+from clipgraft_anomaly import command_eval
+
+app = typer.Typer(no_args_is_help=True, help="Find defects with a CLIP.")
+
+
+@app.callback()
+def anomaly() -> None:
+    """Find defects with a CLIP."""
+
+
+app.command("eval")(command_eval.evaluate)
