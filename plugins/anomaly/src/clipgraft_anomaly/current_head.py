@@ -63,7 +63,7 @@ class RunsDetector:
                 _head.set(module)
 
 
-NAME = "anomaly/current-head"
+NAME = "the recipe's detector"
 
 
 def switch_on(run: Run) -> None:

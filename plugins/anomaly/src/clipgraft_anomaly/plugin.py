@@ -72,3 +72,15 @@ def clipgraft_evaluators() -> list[Component]:
 def clipgraft_commands() -> list[CommandSpec]:
     """`clipgraft anomaly`."""
     return [CommandSpec(name="anomaly", target=f"{_PACKAGE}.commands:app", help="Find defects with a CLIP.")]
+
+
+@hookimpl
+def clipgraft_run_hooks() -> list[Component]:
+    """Lifecycle hooks."""
+    return [
+        Component(
+            name="current-head",
+            target=f"{_PACKAGE}.current_head:RunsDetector",
+            summary="Lets evaluators of a run see the detector that it has made; recipes that make one switch it on",
+        )
+    ]
