@@ -13,7 +13,7 @@ from clipgraft.evaluation.base import Evaluation
 from clipgraft.evaluation.statistics import mcnemar, standard_error
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 EVALUATOR = "pairs-grid"
 POOLINGS = {"cls": "class token", "official": "as in the paper", "pooled": "the tower's own"}
@@ -102,18 +102,13 @@ def pooling_tables(before: Mapping[str, Evaluation], after: Mapping[str, Evaluat
     return found
 
 
-def as_table(table: PoolingTable, *, names: tuple[str, str] = ("before", "after")) -> Table:
+def as_table(table: PoolingTable, *, names: tuple[str, str] = ("before", "after")) -> Group:
     """For people: counts, shares and standard errors in per cent, and p."""
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(
-        title=f"{table.evaluator}: {table.n} pairs, right by pooling ± standard error",
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        pad_edge=False,
-    )
+    made = Table(box=None, pad_edge=False)
     made.add_column("")
     for column in table.columns:
         made.add_column(POOLINGS[column.pooling], justify="right")
@@ -121,7 +116,8 @@ def as_table(table: PoolingTable, *, names: tuple[str, str] = ("before", "after"
         made.add_row(Text(row), *(f"{c.right} = {c.share:.1%} ± {100 * c.error:.1f}" for c in cells))
     made.add_row("only one side right", *(f"{c.lost} lost, {c.won} won" for c in table.columns))
     made.add_row("McNemar p", *(f"{column.p:.2g}" for column in table.columns))
-    return made
+    note = f" ({table.n} pairs: how many are right by pooling, ± standard error)"
+    return Group(Text.assemble((table.evaluator, "bold"), (note, "dim")), made)
 
 
 def _column(then: Evaluation, first: str, now: Evaluation, second: str, pooling: str) -> Column | None:
