@@ -78,7 +78,7 @@ class LatentStore:
             with self.log.progress("computing latents", count) as bar:
                 for start in missing:
                     place = range(start, min(start + ROWS, len(source)))
-                    if not self._is_whole(self._shard(start)):  # another run may have been here meanwhile
+                    if not _is_readable(self._shard(start)):  # another run may have been here meanwhile
                         rows = self._computed(Part(source, place), compute, preprocess, batch_size, workers)
                         self._write(self._shard(start), *rows)
                     bar.advance(len(place))
@@ -126,14 +126,11 @@ class LatentStore:
         return self.folder / f"{start:09d}.safetensors"
 
     def _is_whole(self, path: Path) -> bool:
-        if not path.exists():
-            return False
-        try:
-            with safe_open(path, "pt") as shard:
-                return "ids" in (shard.metadata() or {}) and "rows" in shard.keys()  # noqa: SIM118 - no mapping
-        except (OSError, SafetensorError):
+        if _is_readable(path):
+            return True
+        if path.exists():
             self.log.info(f"{path} is damaged and computed again")
-            return False
+        return False
 
     def _computed(
         self, part: Source, compute: Compute, preprocess: Preprocess, batch_size: int, workers: int
@@ -166,6 +163,15 @@ class LatentStore:
         if path not in self._open:
             if len(self._open) >= OPEN:
                 del self._open[next(iter(self._open))]
-            self._open[path] = safe_open(path, "pt").__enter__().get_slice("rows")
+            shard: Any = safe_open(path, "pt")
+            self._open[path] = shard.__enter__().get_slice("rows")  # the mapping lives as long as the slice
         found: Tensor = self._open[path][row]
         return found
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        with safe_open(path, "pt") as shard:
+            return "ids" in (shard.metadata() or {}) and "rows" in shard.keys()  # noqa: SIM118 - no mapping
+    except (OSError, SafetensorError):
+        return False
