@@ -8,7 +8,7 @@ from html import escape
 from clipgraft_anomaly.evaluate import Curve, Report
 from clipgraft_anomaly.metrics import PRO_LIMIT
 
-SIDE, EDGE, LEGEND = 300, 44, 18
+SIDE, EDGE, LEGEND = 300, 58, 18
 """Side of a panel, room for its numbers, height of a line of the legend [px]."""
 COLOURS = ("#3b6fb6", "#c8553d", "#4f9d69", "#8a63a8", "#b8860b", "#3d8b8b", "#a14a76", "#6b6b6b")
 DASHES = ("", "6 3", "2 3")
@@ -41,7 +41,7 @@ def curves_svg(report: Report) -> str:
 def _panel(kind: str, lines: Mapping[str, Curve], style: Mapping[str, tuple[str, str]], left: int) -> str:
     """Frame, diagonal or limit, lines and words."""
     title, across, up = TITLES[kind]
-    top, parts = EDGE // 2, []
+    top, parts = EDGE // 2, list[str]()
     for tick in (0, 0.25, 0.5, 0.75, 1):
         x, y = left + tick * SIDE, top + (1 - tick) * SIDE
         parts.append(f'<path d="M{x:.1f} {top}v{SIDE}M{left} {y:.1f}h{SIDE}" stroke="#e4e4e4"/>')
@@ -63,7 +63,7 @@ def _panel(kind: str, lines: Mapping[str, Curve], style: Mapping[str, tuple[str,
     middle = left + SIDE / 2
     parts.append(f'<text x="{middle}" y="{top - 7}" text-anchor="middle" font-weight="600">{title}</text>')
     parts.append(f'<text x="{middle}" y="{top + SIDE + 27}" text-anchor="middle">{across}</text>')
-    turn = f"translate({left - 30} {top + SIDE / 2}) rotate(-90)"
+    turn = f"translate({left - 38} {top + SIDE / 2}) rotate(-90)"
     parts.append(f'<text transform="{turn}" text-anchor="middle">{up}</text>')
     return "".join(parts)
 
@@ -72,7 +72,7 @@ def _legend(objects: Sequence[str], style: Mapping[str, tuple[str, str]], column
     """Names below the panels."""
     parts = []
     for k, name in enumerate(objects):
-        x, y = EDGE + 180 * (k % columns), SIDE + EDGE + 24 + LEGEND * (k // columns)
+        x, y = EDGE + 180 * (k % columns), SIDE + EDGE + 22 + LEGEND * (k // columns)
         colour, dash = style[name]
         parts.append(f'<path d="M{x} {y - 4}h22" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"/>')
         parts.append(f'<text x="{x + 28}" y="{y}">{escape(name[:24])}</text>')

@@ -15,6 +15,7 @@ from clipgraft.data.base import BadSample, Sample, Source
 from clipgraft.data.loader import BadSamples, evaluation_batches, stack_images
 from clipgraft.errors import ClipgraftError, InputError
 from clipgraft.evaluation.base import Evaluation
+from clipgraft.evaluation.statistics import Statistic
 from clipgraft.log import RunLog
 from clipgraft_anomaly.detector import Detector, detect
 from clipgraft_anomaly.inspection import check_labels, mask_of, name_of, resized_mask
@@ -73,7 +74,7 @@ class Report:
         metrics = {name: value for name, value in self.mean.items() if value is not None}
         left_out = sum(len(parts) for parts in self.undefined.values())
         metrics |= {"objects": float(len(self.parts))} | ({"undefined": float(left_out)} if left_out else {})
-        statistics = {name: Pictures(name) for name in IMAGE if name in metrics}
+        statistics: dict[str, Statistic] = {name: Pictures(name) for name in IMAGE if name in metrics}
         return Evaluation(metrics, {}, self.records, statistics, lower=frozenset({"undefined"} & metrics.keys()))
 
     def as_dict(self) -> dict[str, Any]:
@@ -103,7 +104,8 @@ def evaluate_detector(
 ) -> Report:
     """Every readable picture once, squashed to the detector's size; masks follow (bilinear, above one half).
 
-    ``name`` stands for the parts' own names in prompts. Pictures without a mask though they are anomalous, and those
+    ``name`` stands for the parts' own names in prompts. For another size or for tiles give a detector of that size.
+    Pictures without a mask though they are anomalous, and those
     whose mask can't be read, count in the metrics of whole pictures alone. A map is kept only as long as its part has
     pictures to come, where the source knows.
     """
@@ -205,8 +207,8 @@ def _part(part: str, records: list[dict[str, Any]], pixels: Pixels, masked: int)
     curves = {"image ROC": thinned(*curve(whole))} if whole.defined else {}
     if counts.defined:
         curves |= {"pixel ROC": thinned(*curve(counts)), "PRO": thinned(*curve(counts, regions=True))}
-    values = (auroc(whole), average_precision(whole), f1)
-    values += (local.auroc, local.ap, local.f1_max, local.aupro, local.aupro_legacy)
+    pictures = (auroc(whole), average_precision(whole), f1)
+    values = (*pictures, local.auroc, local.ap, local.f1_max, local.aupro, local.aupro_legacy)
     seen = {"pictures": len(rows), "normal": int((~labels).sum()), "anomalous": int(labels.sum())}
     seen |= {"masked": masked, "regions": pixels.regions}
     return PartResult(part, dict(zip(METRICS, values, strict=True)), seen, threshold, curves)

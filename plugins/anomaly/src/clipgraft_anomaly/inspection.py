@@ -85,8 +85,9 @@ def open_inspection(
     if not isinstance(source, Source):
         raise InputError(f"{reference} holds minimal pairs; inspection needs single pictures, normal and anomalous")
     check_labels(source)
-    for note in getattr(source, "notes", ()) if log is not None else ():
-        log.info(note)
+    if log is not None:
+        for note in getattr(source, "notes", ()):
+            log.info(note)
     return source
 
 

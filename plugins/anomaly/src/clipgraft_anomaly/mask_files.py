@@ -72,6 +72,5 @@ def above_zero(image: Image) -> np.ndarray:
     """(H, W') uint8 0 or 1; transparency says nothing about damage and is left out."""
     values = np.asarray(image)
     if values.ndim == 3:
-        colours = values[..., : values.shape[2] - (image.mode in ("LA", "PA", "La", "RGBA", "RGBa"))]
-        values = colours.any(-1)
+        values = values[..., : values.shape[2] - (image.mode in ("LA", "PA", "La", "RGBA", "RGBa"))].max(-1)
     return (values > 0).astype(np.uint8)

@@ -42,7 +42,7 @@ class Pictures:
 
     def _part(self, weights: Tensor, scores: Tensor, label: Tensor) -> Tensor:
         """Weights (b, m), scores and labels (m,) -> (b,)."""
-        levels, level = scores.unique(return_inverse=True)
+        levels, level = torch.unique(scores, return_inverse=True)
         level = len(levels) - 1 - level  # from the highest score on
         hits, misses = (
             weights.new_zeros(len(weights), len(levels)).index_add_(1, level, weights * side)
