@@ -60,12 +60,21 @@ def make(tiny_diffusion):
     return stage
 
 
+def everything(stage):
+    """The stage's parameters by name, those of the frozen parts that are set aside too."""
+    aside = {name: part for name, part in vars(stage).items() if isinstance(part, nn.Module)}
+    assert aside
+    found = {f"{name}.{k}": p for name, part in aside.items() for k, p in part.named_parameters()}
+    return dict(stage.named_parameters()) | found
+
+
 def gradients(stage):
+    for p in everything(stage).values():
+        p.grad = None
     torch.manual_seed(0)
-    stage.zero_grad()
     stage.train()
     stage(batch()).loss.backward()
-    return {name: p.grad for name, p in stage.named_parameters()}
+    return {name: p.grad for name, p in everything(stage).items()}
 
 
 @pytest.mark.parametrize("kind", ["vit", "siglip-timm"])
@@ -75,6 +84,8 @@ def test_d02_d03_gradient_reaches_the_whole_tower_and_the_projection_and_nothing
     wanted = {name for name in grads if name.startswith(("encoder.image.", "condition."))}
     assert wanted - with_grad <= {n for n in wanted if n.endswith("in_proj_bias") or ".kv.bias" in n or ".k.bias" in n}
     assert {name for name, g in grads.items() if g is not None} == wanted
+    assert {name.split(".")[0] for name in grads.keys() - wanted} == {"encoder", "base", "objective"}
+    assert {name.split(".")[2] for name in grads if name.startswith("objective.denoiser.")} >= {"unet", "vae"}
 
 
 def test_frozen_parts_stay_in_eval_mode_and_out_of_the_checkpoint(make):

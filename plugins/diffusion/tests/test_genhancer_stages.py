@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from clipgraft.config.schema import GraftNode, TrainConfig
@@ -81,12 +82,21 @@ def clip_stage(kind="vit", *, tune="lora", anchor=False, **changes):
     return ClipStage("clip", train=TRAIN, source=Noise(), **settings)
 
 
+def everything(stage):
+    """The stage's parameters by name, those of the frozen parts that are set aside too."""
+    aside = {name: part for name, part in vars(stage).items() if isinstance(part, nn.Module)}
+    assert aside
+    found = {f"{name}.{k}": p for name, part in aside.items() for k, p in part.named_parameters()}
+    return dict(stage.named_parameters()) | found
+
+
 def gradients(stage, b=None):
+    for p in everything(stage).values():
+        p.grad = None
     torch.manual_seed(0)
-    stage.zero_grad()
     stage.train()
     stage(b or batch()).loss.backward()
-    return {name: p.grad for name, p in stage.named_parameters()}
+    return {name: p.grad for name, p in everything(stage).items()}
 
 
 def step(stage, lr=0.1):
@@ -101,6 +111,7 @@ def test_g04_stage_1_trains_projectors_and_denoiser_only():
     grads = gradients(stage)
     with_grad = {name for name, g in grads.items() if g is not None}
     assert with_grad == {name for name in grads if name.startswith("feedback.")}
+    assert {name.split(".")[0] for name in grads} == {"feedback", "target"}
     step(stage)
     assert torch.equal(stage.target.look(pixels()).z, before)
 
@@ -118,7 +129,10 @@ def test_frozen_parts_stay_in_eval_mode_and_out_of_the_checkpoint():
 
 def test_g05_stage_2_only_leaves_the_generator_without_gradient_and_reaches_every_lora_tensor():
     grads = gradients(clip_stage())
-    assert all(g is None for name, g in grads.items() if name.startswith(("feedback.", "target.", "encoder.text.")))
+    frozen = ("feedback.denoiser.", "feedback.condition.", "target.", "encoder.text.")
+    for part in frozen:
+        assert [name for name in grads if name.startswith(part)]
+    assert all(g is None for name, g in grads.items() if name.startswith(frozen))
     adapters = {
         name: g for name, g in grads.items() if name.startswith("encoder.image.") and ".parametrizations." in name
     }
