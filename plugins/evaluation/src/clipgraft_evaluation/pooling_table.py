@@ -6,7 +6,7 @@ A published gain can be the training's, the pooling's, or chance; the table tell
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from clipgraft.evaluation.base import Evaluation
@@ -58,7 +58,7 @@ class Column:
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         cells = {
-            when: {"right": cell.right, "n": cell.n, "share": cell.share, "standard_error": cell.error, "sd": cell.sd}
+            when: asdict(cell) | {"share": cell.share, "standard_error": cell.error}
             for when, cell in (("before", self.before), ("after", self.after))
         }
         return {"pooling": self.pooling, **cells, "lost": self.lost, "won": self.won, "p": self.p}
@@ -75,11 +75,6 @@ class PoolingTable:
     def n(self) -> int:
         """Pairs."""
         return self.columns[0].before.n
-
-    @property
-    def standard_error(self) -> float:
-        """The largest of the cells'."""
-        return max(cell.error for column in self.columns for cell in (column.before, column.after))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
