@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from clipgraft.checkpoint import write_export
-from clipgraft.data import open_source
+from clipgraft.checkpoint import open_export, write_export
 from clipgraft.errors import InputError
 from clipgraft.evaluation import evaluate, records
 from clipgraft.execution import run_recipe
@@ -27,12 +26,10 @@ from clipgraft_anomaly.inspection import open_inspection
 from clipgraft_anomaly.reading import ReadConfig
 
 torch.set_num_threads(1)
-FEW = "toyworld/defects?split=train&n=32&shapes=[moon, heart]"
-OTHERS = "toyworld/defects?split=tune&n=24&shapes=[ell]"
 
 
-def folder(root, parts=("left", "right")):
-    rng = np.random.default_rng(0)
+def folder(root, parts=("left", "right"), seed=0):
+    rng = np.random.default_rng(seed)
     for part in parts:
         for kind in ("good", "good", "scratch", "scratch"):
             where = root / part / "test" / kind
@@ -137,14 +134,14 @@ def test_a_table_for_people_one_part_and_undefined_as_a_dash(tmp_path, export):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["toyworld/clip"], "--method"),
+        (["{data}"], "--method"),
         (["{export}", "--set", "a=1"], "--method"),
         (["{export}", "--object", "middle"], "middle"),
     ],
 )
 def test_mistakes_are_told_in_a_line(tmp_path, export, words, said):
     data = folder(tmp_path / "data")
-    done = invoke(*[w.format(export=export) for w in words], "--data", data, code=2)
+    done = invoke(*[w.format(export=export, data=tmp_path / "data") for w in words], "--data", data, code=2)
     assert isinstance(done.exception, InputError) and said in str(done.exception)
 
 
@@ -166,8 +163,6 @@ def test_the_evaluator_finds_its_detector(tmp_path, export, registry):
         assert pixel_auroc(encoder) == pytest.approx(other)
         assert pixel_auroc(encoder, "?method=anomaly/prompts") == by_hand
         assert pixel_auroc(encoder, f"?from={export}") == pytest.approx(trained)
-    from clipgraft.checkpoint import open_export
-
     assert pixel_auroc(open_export(export)) == pytest.approx(trained)
     with pytest.raises(InputError, match="holds no detector"):
         Inspection(from_=str(tmp_path / "data")).detector(encoder, registry=registry)
@@ -176,36 +171,37 @@ def test_the_evaluator_finds_its_detector(tmp_path, export, registry):
     with pytest.raises(ValueError, match="two detectors"):
         Inspection(method="anomaly/prompts", from_="x")
     with pytest.raises(InputError, match="minimal pairs"):
-        evaluate(encoder, ["anomaly/inspection@toyworld/pairs?per_pattern=1"])
+        Inspection()(None, type("Pairs", (), {"name": "pairs", "patterns": ()})())
 
 
 def test_a_run_is_measured_before_by_hand_and_after_with_what_it_learnt_also_when_resumed(tmp_path, registry):
+    few, others = folder(tmp_path / "few"), folder(tmp_path / "others", ("third",), seed=1)
+    base = write_export(tiny_clip(depth=3, context=32).eval(), tmp_path / "base")
     settings = {
-        "data.from": FEW, "read.size": 32, "train.steps": 3, "train.batch_size": 8, "prompt.context": 4,
-        "hooks": ["anomaly/current-head"], "evaluate.on": [{"use": "anomaly/inspection", "data": OTHERS}],
+        "model.from": str(base), "data.from": few, "prompt.context": 4, "prompt.deep_tokens": 2,
+        "train.steps": 3, "train.batch_size": 8, "hooks": ["anomaly/current-head"],
+        "evaluate.on": [{"use": "anomaly/inspection", "data": others}],
     }  # fmt: skip
-    found = run_recipe("anomalyclip:tiny", overrides=settings, out=tmp_path / "run", registry=registry)
+    found = run_recipe("anomalyclip", overrides=settings, out=tmp_path / "run", registry=registry)
     assert current_head() is None
     stored = json.loads((tmp_path / "run/evaluations.json").read_text())
     before, after = (stored[when]["anomaly/inspection"] for when in ("before", "after"))
     assert found.metrics["anomaly/inspection.pixel_auroc"] == after["pixel_auroc"]
-    from clipgraft.encoders import load
-
-    encoder = load("toyworld/clip").eval()
-    by_hand = evaluate_detector(BrightDetector(encoder), open_source(OTHERS)).mean
+    encoder, source = open_export(base).eval(), open_inspection(others)
+    by_hand = evaluate_detector(BrightDetector(encoder), source).mean
     assert before["pixel_auroc"] == by_hand["pixel_auroc"]
     head = trained_head(tmp_path / "run", registry=registry)
-    learnt = evaluate_detector(head.detector(encoder), open_source(OTHERS)).mean
-    assert after["pixel_auroc"] == pytest.approx(learnt["pixel_auroc"]) and after["aupro"] != before["aupro"]
+    learnt = evaluate_detector(head.detector(encoder), source).mean
+    assert after["pixel_auroc"] == pytest.approx(learnt["pixel_auroc"]) and after["pixel_ap"] != before["pixel_ap"]
     (tmp_path / "run/evaluations.json").write_text(json.dumps({"before": stored["before"]}))
     again = run_recipe(resume=tmp_path / "run", registry=registry)
     assert again.metrics["anomaly/inspection.pixel_auroc"] == pytest.approx(after["pixel_auroc"])
     # the test set must be another one
-    done = invoke(tmp_path / "run", "--data", FEW, "--json", code=2)
-    assert isinstance(done.exception, InputError) and "32 of 32 sampled pictures" in str(done.exception)
-    done = invoke(tmp_path / "run/export", "--data", FEW.replace("n=32", "n=16"), "--json", code=2)
-    assert "--allow-same" in str(done.exception)
-    allowed = json.loads(invoke(tmp_path / "run", "--data", FEW, "--json", "--allow-same").stdout)
-    assert allowed["trained_on_test"] == 32
-    told = json.loads(invoke(tmp_path / "run", "--data", OTHERS, "--json").stdout)
+    done = invoke(tmp_path / "run", "--data", few, "--json", code=2)
+    assert isinstance(done.exception, InputError) and "8 of 8 sampled pictures" in str(done.exception)
+    done = invoke(tmp_path / "run/export", "--data", few, "--object", "left", "--json", code=2)
+    assert "4 of 8" in str(done.exception) and "--allow-same" in str(done.exception)
+    allowed = json.loads(invoke(tmp_path / "run", "--data", few, "--json", "--allow-same").stdout)
+    assert allowed["trained_on_test"] == 8
+    told = json.loads(invoke(tmp_path / "run", "--data", others, "--json").stdout)
     assert told["mean"]["pixel_auroc"] == pytest.approx(after["pixel_auroc"]) and told["trained_on_test"] == 0

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clipgraft.data import open_source
+from clipgraft.data.base import Sample
 from clipgraft.encoders.base import Preprocess
 from clipgraft.errors import ClipgraftError, InputError
 from clipgraft.evaluation.statistics import intervals, value
@@ -133,14 +133,31 @@ def test_metrics_of_pictures_follow_from_the_records(tmp_path):
         assert float(statistic.bind(rows)(weights)) == pytest.approx(value(statistic, doubled))
 
 
+class World:
+    """Pictures as tensors with masks in ``extra``; the object is an attribute named ``shape``."""
+
+    name, fingerprint, classes, templates = "world", "world", ("flawless", "damaged"), ()
+    attributes = {"shape": ("moon", "heart", "unseen"), "kind": ("flawless", "hole")}  # noqa: RUF012
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, index):
+        image = torch.randint(0, 255, (3, 32, 32), generator=torch.Generator().manual_seed(index), dtype=torch.uint8)
+        mask, damaged = torch.zeros(32, 32, dtype=torch.uint8), index % 3 == 0
+        mask[4:9, index : index + 6] = damaged
+        known = {"shape": index % 2, "kind": int(damaged)}
+        return Sample(f"w{index}", image, label=int(damaged), attributes=known, extra={"mask": mask})
+
+
 def test_masks_in_extra_and_pictures_as_tensors_work_too():
-    source = open_source("toyworld/defects?n=24&split=tune&shapes=[moon,heart]")
-    found = evaluate_detector(Brightness(32), source, batch_size=7, name="thing")
-    assert {p.object for p in found.parts} == {"moon", "heart"} and found.skipped == 0
+    source, detector = World(), Brightness(32)
+    found = evaluate_detector(detector, source, batch_size=7, name="thing")
+    assert {p.object for p in found.parts} == {"moon", "heart"} and set(detector.names) == {"thing"}
+    assert {r["kind"] for r in found.records} == {"flawless", "hole"}
     for part in found.parts:
         pixels = Pixels()
-        for k in range(len(source)):
-            sample = source[k]
+        for sample in (source[k] for k in range(24)):
             if source.attributes["shape"][sample.attributes["shape"]] == part.object:
                 pixels.add((sample.image[0].float() / 255).numpy(), sample.extra["mask"].numpy())
         assert part.metrics["pixel_auroc"] == pixels.measure()[0].auroc and part.counts["regions"] == pixels.regions
@@ -182,5 +199,7 @@ def test_scores_that_are_no_numbers_and_foreign_labels_are_refused(tmp_path):
     tree(tmp_path, "bottle")
     with pytest.raises(ClipgraftError, match="no number"):
         evaluate_detector(Brightness(broken="nan"), open_inspection(f"mvtec:{tmp_path}"))
+    world = World()
+    world.classes = ("a", "b", "c")
     with pytest.raises(InputError, match="two, normal"):
-        evaluate_detector(Brightness(32), open_source("toyworld/images?n=8"))
+        evaluate_detector(Brightness(32), world)

@@ -230,12 +230,28 @@ def test_folders_of_other_names_are_told_and_mixtures_refused(tmp_path):
         open_inspection(f"folder:{tmp_path}")
 
 
-def test_what_is_no_inspection_data_is_refused():
-    with pytest.raises(InputError, match="64 classes"):
-        open_inspection("toyworld/images?n=4")
+class Pairs:
+    """Minimal pairs."""
+
+    name, fingerprint, patterns = "pairs", "pairs", ("a",)
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise AssertionError("nothing is read")
+
+
+def test_what_is_no_inspection_data_is_refused(tmp_path, monkeypatch):
+    mvtec_tree(tmp_path)
+    whole = open_source(f"mvtec:{tmp_path}")
+    whole.classes = ("cat", "dog", "bird")
+    monkeypatch.setattr("clipgraft.data.open_source", lambda *args, **more: whole)
+    with pytest.raises(InputError, match="3 classes"):
+        open_inspection("animals")
+    monkeypatch.setattr("clipgraft.data.open_source", lambda *args, **more: Pairs())
     with pytest.raises(InputError, match="minimal pairs"):
-        open_inspection("toyworld/pairs?per_pattern=1")
-    assert len(open_inspection("toyworld/defects?n=4")) == 4
+        open_inspection("pairs")
 
 
 def visa_tree(root, part="pcb1"):
