@@ -65,6 +65,9 @@ class MapperConfig(Config):
     warmup: TrainConfig | None = Field(
         None, description="a stage before, with CLIP frozen, that trains the map alone; null: none"
     )
+    warmup_on: Literal["image", "text", "both"] = Field(
+        "image", description="whose embeddings the warm-up maps: images', their captions', or half of the batch each"
+    )
     lr_scale: float = Field(1.0, gt=0, description="its learning rate beside CLIP, times train.lr")
     train: bool = Field(True, description="train it beside CLIP; false needs warmup")
 

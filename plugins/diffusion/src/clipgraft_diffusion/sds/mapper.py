@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipgraft.config.schema import Config
+from clipgraft.types import widened
 
 
 class LatentMapperConfig(Config):
@@ -46,7 +47,7 @@ class LatentMapper(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """(B, D) -> (B, *latent) in fp32."""
         with torch.autocast(z.device.type, enabled=False):
-            z = z.float()
+            z = widened(z)
             told = F.normalize(z, dim=-1) * z.shape[-1] ** 0.5 if self.unit else z
             u: Tensor = self.linear(told)
         return u.view(len(z), *self.latent)

@@ -117,6 +117,7 @@ class SdsClip:
             source=source,
             encoder=base,
             distillation=distillation,
+            on=c.mapper.warmup_on,
             held_out=self._held_out(base, held, distillation.teacher),
             crop=c.crop,
         )

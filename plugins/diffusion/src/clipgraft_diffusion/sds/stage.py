@@ -21,6 +21,7 @@ from clipgraft.losses.base import LossInputs
 from clipgraft.losses.contrastive import ClipLoss
 from clipgraft.stage import ContrastiveStage, TrainStage
 from clipgraft.types import Batch, FeatureRequest, ImageFeatures, StepOutput, widened
+from clipgraft_diffusion.aside import set_aside
 from clipgraft_diffusion.drift import weight_drift
 from clipgraft_diffusion.remember import Remembered
 from clipgraft_diffusion.sds.captions import other_ids, refuse_strangers
@@ -29,6 +30,7 @@ from clipgraft_diffusion.sds.mapper import LatentMapper, size
 from clipgraft_diffusion.sds.told import Told
 
 POOLED = FeatureRequest()
+WarmupOn = Literal["image", "text", "both"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +128,19 @@ def seen(encoder: Encoder, batch: Batch) -> Tensor:
     return widened(features.pooled)
 
 
+def freeze_teacher(stage: TrainStage, distillation: Distillation) -> None:
+    """The generator and the loss's schedule: frozen, and no part of the stage, whose wrapper would broadcast them."""
+    for part in (distillation.teacher, distillation.loss):
+        if isinstance(part, nn.Module):
+            stage.freeze(part)
+
+
 class MapperStage(TrainStage):
-    """Trains the map alone; CLIP and generator are frozen. ``remember``: pixels never change, embed them once."""
+    """Trains the map alone; CLIP and generator are frozen.
+
+    Deviation: ``on`` may be the captions' own embeddings ("text") or half of the batch each ("both"), so that the map
+    knows how CLIP's texts say what the generator expects; the next stage then asks images to say it in the same way.
+    """
 
     wants_text = True
 
@@ -139,17 +152,17 @@ class MapperStage(TrainStage):
         source: Source,
         encoder: Encoder,
         distillation: Distillation,
+        on: WarmupOn = "image",
         held_out: Sequence[Batch] = (),
         crop: tuple[float, float] | None = None,
     ) -> None:
         super().__init__(name, train=train, source=source)
         self.training_crop = crop
-        self.encoder: Encoder = encoder
+        self.on: WarmupOn = on
+        self.encoder: Encoder
+        set_aside(self, "encoder", self.freeze(encoder))
         self.mapper: LatentMapper = distillation.mapper
-        self.teacher, self.sds = distillation.teacher, distillation.loss
-        for part in (encoder, self.teacher, self.sds):
-            if isinstance(part, nn.Module):
-                self.freeze(part)
+        freeze_teacher(self, distillation)
         self.critic, self.held_out = Critic(distillation), list(held_out)
         self._seen = Remembered() if crop is None else None
 
@@ -161,11 +174,18 @@ class MapperStage(TrainStage):
 
     @torch.no_grad()
     def _embedding(self, batch: Batch) -> Tensor:
-        return (
-            seen(self.encoder, batch)
-            if self._seen is None
-            else self._seen(batch.ids, lambda: seen(self.encoder, batch))
-        )
+        """(B, D) of images, of captions, or of captions in the second half."""
+        first = {"image": len(batch), "text": 0, "both": (len(batch) + 1) // 2}[self.on]
+        rows = [self._image(batch[slice(0, first)])] if first else []
+        if first < len(batch):
+            assert self.encoder.text is not None and batch.text is not None
+            rows.append(widened(self.encoder.text(batch.text[first:]).pooled))
+        return torch.cat(rows)
+
+    def _image(self, batch: Batch) -> Tensor:
+        if self._seen is None:
+            return seen(self.encoder, batch)
+        return self._seen(batch.ids, lambda: seen(self.encoder, batch))
 
     def components(self) -> dict[str, nn.Module]:
         """``mapper``, for the next stage."""
@@ -207,8 +227,8 @@ class SdsStage(ContrastiveStage):
         super().__init__(name, train=train, source=source)
         self.training_crop = crop
         self.encoder: Encoder = encoder
-        self.base: Encoder = base
-        self.freeze(base)
+        self.base: Encoder
+        set_aside(self, "base", self.freeze(base))
         if contrastive == 0:
             encoder.logit_scale.requires_grad_(False)
             if encoder.text is not None:
@@ -216,10 +236,9 @@ class SdsStage(ContrastiveStage):
         self.mapper: LatentMapper | None = None if distillation is None else distillation.mapper
         self.critic = None if distillation is None else Critic(distillation)
         if distillation is not None:
-            self.teacher, self.sds = distillation.teacher, distillation.loss
-            for part in (self.teacher, self.sds, *(() if train_mapper else (distillation.mapper,))):
-                if isinstance(part, nn.Module):
-                    self.freeze(part)
+            freeze_teacher(self, distillation)
+            if not train_mapper:
+                self.freeze(distillation.mapper)
         self.infonce = ClipLoss()
         self.weight, self.contrastive, self.mapper_lr = weight, contrastive, mapper_lr
         self.max_logit_scale, self.held_out = max_logit_scale, list(held_out)
