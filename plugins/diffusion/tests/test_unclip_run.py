@@ -9,6 +9,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from clipgraft.checkpoint import open_export, write_export
 from clipgraft.errors import InputError
@@ -190,6 +191,15 @@ def test_adapters_an_anchor_and_drawn_label_noise(run, tmp_path):
     assert terms(done, "00-clip") == {"error", "anchor", "cosine_to_base"}
 
 
+def test_latents_on_disk_and_recomputed_activations_change_nothing(run, tmp_path):
+    more = {"clip.tune": "lora", "clip.train": TRAIN | {"lr": 1.0}, "condition.noise_level": 30}
+    kept = {"denoiser.cache": str(tmp_path / "latents"), "clip.checkpointing": True}
+    plain, again = run(tmp_path / "plain", **more), run(tmp_path / "again", **more, **kept)
+    old, new = load_file(plain.export / WEIGHTS), load_file(again.export / WEIGHTS)
+    torch.testing.assert_close(new, old, atol=1e-6, rtol=1e-5)
+    assert len(list((tmp_path / "latents").glob("*/*.safetensors"))) == 1
+
+
 def test_a_registered_generator_that_is_told_the_label(run, tmp_path):
     done = run(tmp_path / "run", kind="head", crop=None)
     other = run(tmp_path / "other", kind="head", crop=None, **{"denoiser.random": True})
@@ -216,6 +226,7 @@ def test_control_arms_differ_and_the_anchor_alone_needs_no_decoder(run, trained,
         ("diffusers", {"watch.canary": "folder:no-such"}, "watch.canary"),
         ("diffusers", {"clip.weight": 0}, "nothing would be trained"),
         ("train", {"decoder.low": 0.9}, "set decoder.low"),
+        ("train", {"denoiser.cache": "latents"}, "cache keeps an autoencoder's latents"),
         ("train", {"decoder.pool": 3}, "pool 3"),
         ("train", {"decoder.data": "folder:no-such"}, "no-such"),
         ("head", {"denoiser.head": "toldplug/odd"}, "standardise"),

@@ -81,6 +81,7 @@ def test_frozen_parts_stay_in_eval_mode_and_out_of_the_checkpoint(make):
     assert stage.encoder.image.training
     frozen = (stage.base, stage.objective, stage.label, stage.encoder.text)
     assert not any(m.training for part in frozen for m in part.modules())
+    assert {name.split(".")[0] for name in stage.state_dict()} == {"encoder"}
     assert not [k for k in stage.trained_state() if not k.startswith("encoder.")]
     assert not [k for k in stage.trained_state() if k.startswith("encoder.text.")]
 

@@ -57,10 +57,13 @@ class Crops:
         return replace(sample, image=crop, extra={**sample.extra, CROP: crop})
 
 
-def crop_batches(source: Source, preprocess: Preprocess, *, size: int) -> Iterator[Batch]:
-    """The readable images in batches of at most ``size`` on the CPU, with their crops where they have some."""
+def crop_batches(source: Source, preprocess: Preprocess, *, most: int, size: int) -> Iterator[Batch]:
+    """The readable of ``most`` images at most, evenly spaced, in batches of ``size`` on the CPU, with their crops
+
+    where they have some.
+    """
     transform, rows = evaluation_transform(preprocess), []
-    for index in range(len(source)):
+    for index in range(0, len(source), -(-len(source) // most)):
         try:
             sample = source[index]
         except BadSample:

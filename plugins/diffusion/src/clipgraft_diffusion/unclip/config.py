@@ -10,6 +10,7 @@ from clipgraft.config.schema import Config, RunConfig, TrainConfig
 from clipgraft_diffusion.decoder import DecoderConfig
 from clipgraft_diffusion.genhancer.config import AnchorConfig, LoraConfig
 from clipgraft_diffusion.objectives import NoiseConfig
+from clipgraft_diffusion.store import Precision
 from clipgraft_diffusion.unclip.label import NoiseLevel
 from clipgraft_diffusion.watch import WatchConfig
 from clipgraft_diffusion.weights import Origin, Sha256, Weights, chosen, refuse_both
@@ -36,6 +37,10 @@ class InverterConfig(Config):
         "pretrained", description="for diffusers: random draws all weights, from the parts' config.json alone"
     )
     size: int = Field(768, gt=0, description="for diffusers: side of its crops [pixels]")
+    cache: str | None = Field(
+        None, description="for diffusers: folder that keeps the images' latents between runs, filled before the stage"
+    )
+    cache_precision: Precision = Field("fp32", description="of the latents on disk; fp16 halves their size")
     checkpointing: bool = Field(False, description="for diffusers: recompute activations in the backward pass")
     head: str | None = Field(None, description="for head: its registered name")
     tower: str | None = Field(None, description="for head: the model whose tokens it restores")
@@ -51,6 +56,8 @@ class InverterConfig(Config):
                 "kind head needs head (a registered generator) and tower (the model whose tokens it restores)"
             )
         refuse_both(self.weights, self.sha256)
+        if self.cache is not None and self.kind != "diffusers":
+            raise ValueError(f"cache keeps an autoencoder's latents, kind {self.kind} has none; set it to null")
         return self
 
     def part_weights(self, *, seed: int) -> dict[str, Weights]:
@@ -82,6 +89,7 @@ class ClipConfig(Config):
     train: TrainConfig
     tune: Literal["full", "lora"] = Field("full", description="train all of the image tower, or adapters in it")
     lora: LoraConfig = LoraConfig()
+    checkpointing: bool = Field(False, description="recompute the image tower's activations in the backward pass")
     weight: float = Field(1.0, ge=0, description="of the decoder's error; 0 is the anchor-only control arm")
     anchor: AnchorConfig = AnchorConfig()
 

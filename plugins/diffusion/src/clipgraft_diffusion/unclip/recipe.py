@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from clipgraft.config.schema import GraftNode
 from clipgraft.data.base import Source
 from clipgraft.encoders import apply_grafts
-from clipgraft.encoders.base import Encoder
+from clipgraft.encoders.base import Encoder, Preprocess
 from clipgraft.errors import ClipgraftError, InputError
 from clipgraft.evaluation.features import EncoderFeatures
 from clipgraft.recipe import StagePlan
@@ -23,12 +24,15 @@ from clipgraft_diffusion.decoder import DecoderStage
 from clipgraft_diffusion.eps import EpsDenoiser, EpsObjective, NoiseSchedule, Target
 from clipgraft_diffusion.generator import FlowGenerator, forget
 from clipgraft_diffusion.genhancer.parts import pixel_batches
+from clipgraft_diffusion.pictures import patch_side, picture_problems
 from clipgraft_diffusion.pretraining import STAGE as DECODER
 from clipgraft_diffusion.pretraining import decoder_problems, decoder_stage, trained_decoder
+from clipgraft_diffusion.recompute import blocks_of
 from clipgraft_diffusion.source import Part, held_out_split
+from clipgraft_diffusion.store import LatentStore, about, chunk
 from clipgraft_diffusion.unclip.config import Un2ClipConfig
 from clipgraft_diffusion.unclip.label import NoiseLevel, UnclipLabel
-from clipgraft_diffusion.unclip.model import open_unclip, unclip_problems
+from clipgraft_diffusion.unclip.model import StableUnclip, open_unclip, unclip_problems
 from clipgraft_diffusion.unclip.stage import Inverter, LabelTeller, Un2ClipStage
 from clipgraft_diffusion.watch import watch, watch_problems
 
@@ -53,6 +57,9 @@ class Un2Clip:
         c, problems = self.config, watch_problems(run, self.config.watch)
         if c.precision == "fp16":
             problems.append("precision fp16 can't scale the gradient inside the decoder; set it to bf16 or fp32")
+        problems += picture_problems(run, smallest=patch_side(run.encoder))
+        if c.clip.checkpointing and not blocks_of(run.encoder.image):
+            problems.append("clip.checkpointing needs an image tower of transformer blocks; set it to false")
         if not c.clip.weight:
             return problems
         if c.denoiser.kind == "train":
@@ -90,23 +97,27 @@ class Un2Clip:
         c = self.config
         whole, wide = run.train_source(), c.denoiser.kind == "diffusers" and c.clip.weight > 0
         if wide:
-            whole = Crops(whole, size=c.denoiser.size, area=c.crop, seed=run.seed)
-        source, held = held_out_split(whole, batch_size=c.clip.train.batch_size, most=32 if wide else 256)
+            smallest = patch_side(run.encoder)
+            whole = Crops(whole, size=c.denoiser.size, area=c.crop, seed=run.seed, smallest=smallest)
+        source, held = held_out_split(whole, batch_size=c.clip.train.batch_size)
         base = self._base(run)
         fixed, again = wide or c.crop is None, c.clip.train.steps * c.clip.train.batch_size > len(source)
+        inverter = self._inverter(run, base, source) if c.clip.weight else None
         stage = Un2ClipStage(
             "clip",
             train=c.clip.train,
             source=source,
             encoder=self._trainable(run),
             base=base,
-            inverter=self._inverter(run, base, source) if c.clip.weight else None,
+            inverter=inverter,
             anchor=self._anchor(base, source) if c.clip.anchor.weight else None,
             weight=c.clip.weight,
             anchor_weight=c.clip.anchor.weight,
-            held_out=list(crop_batches(held, base.preprocess, size=8 if wide else 128)),
+            held_out=list(crop_batches(held, base.preprocess, most=32 if wide else 256, size=8 if wide else 128)),
             crop=None if wide else c.crop,
             remember=fixed and again,
+            latents=self._latents(run, whole, inverter),
+            checkpointing=c.clip.checkpointing,
         )
         return watch(run, stage, c.watch, base=base)
 
@@ -133,6 +144,24 @@ class Un2Clip:
             self._schedule(), decoder, low=c.noise.low, high=c.noise.high, error=c.noise.error, target=target
         ).to(run.device)
         return Inverter(label.to(run.device), objective, passes=c.passes, shuffled=c.condition.shuffled)
+
+    def _latents(self, run: Run, whole: Source, inverter: Inverter | None) -> LatentStore | None:
+        """The images' latents on disk, all of them, where a folder is named."""
+        d, decoder = self.config.denoiser, None if inverter is None else inverter.objective.denoiser
+        if d.cache is None or not isinstance(whole, Crops) or not isinstance(decoder, StableUnclip):
+            return None
+        parts = decoder.parts
+        told = {"compat": parts.compat, "scale": parts.scale, "shift": parts.shift}
+        known = about(whole, parts.vae, precision=d.cache_precision, size=whole.size, **told)
+        store = LatentStore(Path(d.cache).expanduser(), known, log=run.log)
+        store.fill(
+            whole,
+            lambda pixels: parts.latents(pixels.to(run.device)),
+            preprocess=Preprocess(size=whole.size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
+            batch_size=chunk(self.config.clip.train),
+            workers=run.config.data.workers,
+        )
+        return store
 
     def _told_decoder(self, run: Run, base: Encoder, source: Source) -> tuple[UnclipLabel, EpsDenoiser, Target]:
         """The label with its statistics, the decoder that it is told to, and what this puts out."""

@@ -19,11 +19,14 @@ from clipgraft.encoders.base import Encoder
 from clipgraft.stage import TrainStage
 from clipgraft.types import Batch, ImageFeatures, StepOutput
 from clipgraft_diffusion.anchor import Anchor
+from clipgraft_diffusion.aside import set_aside
 from clipgraft_diffusion.crops import CROP
 from clipgraft_diffusion.drift import weight_drift
 from clipgraft_diffusion.eps import EpsObjective
 from clipgraft_diffusion.passes import Pass, several_passes
+from clipgraft_diffusion.recompute import recompute_blocks
 from clipgraft_diffusion.remember import Remembered
+from clipgraft_diffusion.store import LatentStore
 from clipgraft_diffusion.unclip.label import UnclipLabel
 
 
@@ -56,8 +59,14 @@ class Un2ClipStage(TrainStage):
 
     ``base`` is the untouched encoder. ``inverter`` None leaves the anchor alone: the control that spends the same steps
     on nothing new. ``held_out`` are a few batches that are never trained on. ``crop`` None takes the evaluation
-    transform; latents and embeddings of unchanging pixels are kept with ``remember``.
+    transform; latents and embeddings of unchanging pixels are kept with ``remember``, or latents come from ``latents``
+    on disk. ``checkpointing`` recomputes the tower's activations. Base, decoder and label stay on their device: they
+    are not among this module's own.
     """
+
+    base: Encoder
+    objective: EpsObjective | None
+    label: UnclipLabel | None
 
     def __init__(
         self,
@@ -74,15 +83,17 @@ class Un2ClipStage(TrainStage):
         held_out: Sequence[Batch] = (),
         crop: tuple[float, float] | None = (0.9, 1.0),
         remember: bool = False,
+        latents: LatentStore | None = None,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__(name, train=train, source=source)
         self.training_crop = crop
         self.encoder: Encoder = encoder
-        self.base: Encoder = base
+        set_aside(self, "base", base)
         self.anchor: Anchor | None = anchor
         self.inverter = inverter
-        self.objective: EpsObjective | None = None if inverter is None else inverter.objective
-        self.label: UnclipLabel | None = None if inverter is None else inverter.label
+        set_aside(self, "objective", None if inverter is None else inverter.objective)
+        set_aside(self, "label", None if inverter is None else inverter.label)
         for part in (base, encoder.text, self.objective, self.label):
             if part is not None:
                 self.freeze(part)
@@ -90,7 +101,9 @@ class Un2ClipStage(TrainStage):
             if scalar is not None:
                 scalar.requires_grad_(False)
         self.weight, self.anchor_weight, self.held_out = weight, anchor_weight, list(held_out)
-        self._latents_kept = Remembered() if remember else None
+        if checkpointing:
+            recompute_blocks(encoder.image)
+        self._latents_kept = latents if latents is not None else Remembered() if remember else None
         self._base_kept = Remembered() if remember else None
 
     def forward(self, batch: Batch) -> StepOutput:
@@ -145,7 +158,7 @@ class Un2ClipStage(TrainStage):
         def compute() -> Tensor:
             return denoiser.latents(_crops(batch))
 
-        x0 = compute() if self._latents_kept is None else self._latents_kept(batch.ids, compute)
+        x0 = compute() if self._latents_kept is None else self._latents_kept(batch.ids, compute).to(batch.pixels.device)
         return x0.roll(1, 0) if self.inverter.shuffled else x0
 
     def current_encoder(self) -> Encoder:
