@@ -192,4 +192,18 @@ def clipgraft_claims() -> list[Component]:
             needs=("clipgraft-toyworld",),
             paper=GENHANCER,
         ),
+        Component(
+            name="un2clip",
+            target="clipgraft_diffusion.unclip.claims:UN2CLIP",
+            summary="Details become readable from the global embedding when its decoder is turned round",
+            needs=("clipgraft-toyworld",),
+            paper=UN2CLIP,
+        ),
+        Component(
+            name="un2clip-pairs",
+            target="clipgraft_diffusion.unclip.claims:PAIRS",
+            summary="Minimal pairs are told apart better when the decoder of the embedding is turned round",
+            needs=("clipgraft-toyworld",),
+            paper=UN2CLIP,
+        ),
     ]
