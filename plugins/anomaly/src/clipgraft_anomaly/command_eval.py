@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 COLUMNS = {
     "image_auroc": "image\nAUROC",
     "image_ap": "image\nAP",
-    "image_f1_max": "image\nF1-max*",
+    "image_f1_max": "image\nF1*",
     "pixel_auroc": "pixel\nAUROC",
     "pixel_ap": "pixel\nAP",
-    "pixel_f1_max": "pixel\nF1-max*",
+    "pixel_f1_max": "pixel\nF1*",
     "aupro": "AUPRO\nexact",
     "aupro_legacy": "AUPRO\nlegacy",
 }
@@ -127,11 +127,12 @@ def _write(out: Path, report: Report, document: dict[str, object]) -> None:
 
 def _show(report: Report, *, title: str) -> None:
     """A row per kind of part and their mean."""
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("part", "normal +\nanomalous", title=escape(title))
+    table = Table("part", "good +\nbad", title=escape(title), box=SIMPLE, padding=(0, 1, 0, 0))
     for head in COLUMNS.values():
         table.add_column(head, justify="right")
     for part in report.parts:
@@ -142,9 +143,7 @@ def _show(report: Report, *, title: str) -> None:
     table.add_row("mean", "", *(_cell(mean[name]) for name in COLUMNS))
     console = Console(highlight=False)
     console.print(table)
-    console.print(
-        "* oracle: the best threshold for these very pictures; clipgraft anomaly threshold chooses an honest one"
-    )
+    console.print("* largest F1 of any threshold on these very pictures: an oracle, no promise")
     for name, parts in report.undefined.items():
         console.print(escape(f"{name} is undefined for {len(parts)} of {len(report.parts)}: {', '.join(parts[:5])}"))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from clipgraft_anomaly import command_eval
+from clipgraft_anomaly import command_eval, command_import
 
 app = typer.Typer(no_args_is_help=True, help="Find defects with a CLIP.")
 
@@ -15,3 +15,4 @@ def anomaly() -> None:
 
 
 app.command("eval")(command_eval.evaluate)
+app.command("import")(command_import.import_)
