@@ -10,6 +10,10 @@ ANOMALYCLIP = (
     "arXiv 2310.18961"
 )
 
+WINCLIP = (
+    "Jeong et al., WinCLIP: Zero-/Few-Shot Anomaly Classification and Segmentation, CVPR 2023, arXiv 2303.14814"
+)
+
 
 @hookimpl
 def clipgraft_datasets() -> list[Component]:
@@ -37,6 +41,19 @@ def clipgraft_heads() -> list[Component]:
             summary="Two learnt texts, normal and anomalous, that name no object; made by the recipe anomalyclip",
             paper=ANOMALYCLIP,
         ),
+        Component(
+            name="prompts",
+            target=f"{_PACKAGE}.handwritten:Prompts",
+            config=f"{_PACKAGE}.handwritten:PromptsConfig",
+            summary="Hand-written normal and anomalous states of the object's name; the baseline without training",
+        ),
+        Component(
+            name="winclip",
+            target=f"{_PACKAGE}.winclip:WinClip",
+            config=f"{_PACKAGE}.winclip:WinClipConfig",
+            summary="Windows against hand-written prompts, without training; few-shot it is made by the recipe winclip",
+            paper=WINCLIP,
+        ),
     ]
 
 
@@ -50,6 +67,14 @@ def clipgraft_recipes() -> list[Component]:
             config=f"{_PACKAGE}.anomalyclip.config:AnomalyClipRunConfig",
             summary="Learn what damage looks like on some objects, find it on any: two prompts that name no object",
             paper=ANOMALYCLIP,
+            presets=f"{_PACKAGE}.recipes",
+        ),
+        Component(
+            name="winclip",
+            target=f"{_PACKAGE}.winclip_recipe:WinClipRecipe",
+            config=f"{_PACKAGE}.winclip_recipe:WinClipRunConfig",
+            summary="Remember a few normal pictures of every part, find what differs from them and reads as damage",
+            paper=WINCLIP,
             presets=f"{_PACKAGE}.recipes",
         ),
     ]
