@@ -16,6 +16,7 @@ from clipgraft.encoders.base import Encoder
 from clipgraft.errors import InputError
 from clipgraft_anomaly.detector import Detection, Detector, DetectorHead, Fits
 from clipgraft_anomaly.reading import ReadConfig, Reader, detection
+from clipgraft_anomaly.same_data import DataRecord
 from clipgraft_anomaly.text_path import encode_embeddings, why_not_prompted
 
 
@@ -60,6 +61,7 @@ class AnomalyClipConfig(Config):
     prompt: PromptConfig = PromptConfig()
     read: ReadConfig = ReadConfig()
     fits: Fits = Fits()
+    trained: DataRecord = DataRecord()
 
 
 class AnomalyClip(DetectorHead):
@@ -70,15 +72,17 @@ class AnomalyClip(DetectorHead):
 
     texts: Tensor
 
-    def __init__(self, *, prompt: PromptConfig, read: ReadConfig, fits: Fits) -> None:
+    def __init__(
+        self, *, prompt: PromptConfig, read: ReadConfig, fits: Fits, trained: DataRecord | None = None
+    ) -> None:
         super().__init__()
-        self.prompt, self.read, self.fits = prompt, read, fits
+        self.prompt, self.read, self.fits, self.trained = prompt, read, fits, trained or DataRecord()
         if prompt.deep_layers is None or read.layers is None or not fits.text_width:
             raise InputError(
                 "the head anomaly/anomalyclip is made by the recipe anomalyclip; run it, then give its run"
             )
-        self.registered = ("anomaly/anomalyclip", {"prompt": prompt.model_dump(), "read": read.model_dump(),
-                                                   "fits": fits.model_dump()})  # fmt: skip
+        settings = AnomalyClipConfig(prompt=prompt, read=read, fits=fits, trained=self.trained)
+        self.registered = ("anomaly/anomalyclip", settings.model_dump(mode="json"))
         self.context = nn.Parameter(0.02 * torch.randn(2, prompt.context, fits.text_width))
         self.deep = nn.Parameter(
             0.02 * torch.randn(prompt.deep_layers, prompt.deep_tokens, fits.text_width),
@@ -119,6 +123,7 @@ class AnomalyClipDetector(Detector):
         super().__init__()
         self.encoder = encoder
         self.reader = Reader(encoder, head.read)
+        self.trained_on = head.trained if head.trained.pictures else None
         self.size, self.read = self.reader.size, head.read
         self.texts: Tensor
         self.register_buffer("texts", head.texts.detach().clone())

@@ -16,10 +16,12 @@ from clipgraft.runner import Run
 from clipgraft_anomaly.anomalyclip.config import AnomalyClipRunConfig
 from clipgraft_anomaly.anomalyclip.prompts import AnomalyClip
 from clipgraft_anomaly.anomalyclip.stage import PromptStage, produce
+from clipgraft_anomaly.current_head import switch_on
 from clipgraft_anomaly.detector import Fits
 from clipgraft_anomaly.feature_store import FeatureStore, store_key
 from clipgraft_anomaly.inspection import check_labels
 from clipgraft_anomaly.reading import Reader
+from clipgraft_anomaly.same_data import DataRecord
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -36,6 +38,7 @@ class AnomalyClipRecipe:
 
     def check(self, run: Run) -> list[str]:
         """A tower, prompts and data that fit each other, seen before any work."""
+        switch_on(run)
         problems = []
         for attempt in (
             lambda: self.config.read.resolved(run.encoder),
@@ -72,7 +75,8 @@ class AnomalyClipRecipe:
         store.fill(run.log)
         if store.bad:
             run.log.info(f"prompts: {len(store.bad)} pictures can't be read: {'; '.join(store.bad[:3])}")
-        head = AnomalyClip(prompt=prompt, read=read, fits=Fits.of(encoder)).to(run.device)
+        trained = DataRecord.of(c.data.from_, source, log=run.log)
+        head = AnomalyClip(prompt=prompt, read=read, fits=Fits.of(encoder), trained=trained).to(run.device)
         return PromptStage(
             "prompts", train=c.train, store=store, encoder=encoder, head=head, grid=reader.grid, local=c.loss.local
         )
