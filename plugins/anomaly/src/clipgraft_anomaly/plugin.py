@@ -9,6 +9,7 @@ ANOMALYCLIP = (
     "Zhou et al., AnomalyCLIP: Object-agnostic Prompt Learning for Zero-shot Anomaly Detection, ICLR 2024, "
     "arXiv 2310.18961"
 )
+CLIPN = "Wang et al., CLIPN for Zero-Shot OOD Detection: Teaching CLIP to Say No, ICCV 2023, arXiv 2308.12213"
 
 WINCLIP = (
     "Jeong et al., WinCLIP: Zero-/Few-Shot Anomaly Classification and Segmentation, CVPR 2023, arXiv 2303.14814"
@@ -34,6 +35,13 @@ def clipgraft_datasets() -> list[Component]:
 def clipgraft_heads() -> list[Component]:
     """Detectors: the component that makes a CLIP one."""
     return [
+        Component(
+            name="clipn",
+            target=f"{_PACKAGE}.clipn.branch:NoBranch",
+            config=f"{_PACKAGE}.clipn.branch:ClipnConfig",
+            summary="A second text tower that says what a picture does not show; made by the recipe clipn",
+            paper=CLIPN,
+        ),
         Component(
             name="anomalyclip",
             target=f"{_PACKAGE}.anomalyclip.prompts:AnomalyClip",
@@ -62,6 +70,14 @@ def clipgraft_recipes() -> list[Component]:
     """Recipes."""
     return [
         Component(
+            name="clipn",
+            target=f"{_PACKAGE}.clipn.recipe:ClipnRecipe",
+            config=f"{_PACKAGE}.clipn.config:ClipnRunConfig",
+            summary="Teach a CLIP to say no: a second text tower that lets it reject what belongs to no known class",
+            paper=CLIPN,
+            presets=f"{_PACKAGE}.recipes",
+        ),
+        Component(
             name="anomalyclip",
             target=f"{_PACKAGE}.anomalyclip.recipe:AnomalyClipRecipe",
             config=f"{_PACKAGE}.anomalyclip.config:AnomalyClipRunConfig",
@@ -84,6 +100,13 @@ def clipgraft_recipes() -> list[Component]:
 def clipgraft_evaluators() -> list[Component]:
     """Detectors as evaluators."""
     return [
+        Component(
+            name="clipn-ood",
+            target=f"{_PACKAGE}.clipn.unknown_classes:UnknownClasses",
+            config=f"{_PACKAGE}.clipn.unknown_classes:UnknownClasses",
+            summary="Telling known classes from unknown ones: AUROC and FPR95 of CLIPN's rules and of MSP, energy, logits",
+            paper=CLIPN,
+        ),
         Component(
             name="inspection",
             target=f"{_PACKAGE}.evaluator:Inspection",
