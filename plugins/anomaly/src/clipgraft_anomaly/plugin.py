@@ -132,3 +132,17 @@ def clipgraft_run_hooks() -> list[Component]:
             summary="Lets evaluators of a run see the detector that it has made; recipes that make one switch it on",
         )
     ]
+
+
+@hookimpl
+def clipgraft_claims() -> list[Component]:
+    """Claims."""
+    return [
+        Component(
+            name="anomalyclip",
+            target=f"{_PACKAGE}.anomalyclip.claims:ANOMALYCLIP",
+            summary="Prompts learnt on some objects find damage on objects never seen",
+            needs=("clipgraft-toyworld",),
+            paper=ANOMALYCLIP,
+        ),
+    ]
