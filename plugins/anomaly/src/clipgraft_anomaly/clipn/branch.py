@@ -132,7 +132,8 @@ class ClipnConfig(Config):
 class NoBranch(nn.Module):
     """The twin ``text`` of a text tower and, unless negations are written out, ``prompt`` (O, L, V).
 
-    The twin gets one of the O rows, or their mean, added to all its input embeddings. A head to be exported beside the CLIP, which stays as it is.
+    One of the O rows, or their mean, is added to the twin's input embeddings at every position. It is a head to be
+    exported beside the CLIP, which stays as it is.
     """
 
     def __init__(self, *, no: NoConfig, scale: float, text: TextShape, fits: Fits) -> None:

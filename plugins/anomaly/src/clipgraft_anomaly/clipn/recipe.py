@@ -1,6 +1,6 @@
-"""CLIPN's recipe: one stage, ``no`` (Wang et al., CLIPN for Zero-Shot OOD Detection: Teaching CLIP to Say No, ICCV 2023,
+"""CLIPN's recipe: one stage, ``no`` (Wang et al., CLIPN for Zero-Shot OOD Detection: Teaching CLIP to Say No,
 
-arXiv 2308.12213).
+ICCV 2023, arXiv 2308.12213).
 """
 
 from __future__ import annotations
