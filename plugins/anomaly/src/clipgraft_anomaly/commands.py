@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from clipgraft_anomaly import command_eval, command_import
+from clipgraft_anomaly import command_eval, command_import, command_predict, command_reject, command_threshold
 
 app = typer.Typer(no_args_is_help=True, help="Find defects with a CLIP.")
 
@@ -16,3 +16,6 @@ def anomaly() -> None:
 
 app.command("eval")(command_eval.evaluate)
 app.command("import")(command_import.import_)
+app.command("predict")(command_predict.predict)
+app.command("reject")(command_reject.reject)
+app.command("threshold")(command_threshold.threshold)
