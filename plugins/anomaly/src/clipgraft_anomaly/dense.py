@@ -105,7 +105,7 @@ class DenseTower(nn.Module):
         """Standardised pixels (B, 3, S, S) -> (B, 1 + N, W), the input of the first block."""
         tower = self.tower
         x = tower.conv1(pixels).flatten(2).transpose(1, 2)
-        x = torch.cat([tower.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], 1)
+        x = torch.cat([tower.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], 1)
         embedded: Tensor = tower.ln_pre(x + self.positions().to(x.dtype))
         return embedded
 

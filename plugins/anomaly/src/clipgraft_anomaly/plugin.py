@@ -117,6 +117,18 @@ def clipgraft_evaluators() -> list[Component]:
 
 
 @hookimpl
+def clipgraft_exporters() -> list[Component]:
+    """Formats of `clipgraft export`."""
+    return [
+        Component(
+            name="onnx",
+            target=f"{_PACKAGE}.onnx_export:export_onnx",
+            summary="A detector as an ONNX graph of pictures alone, texts baked in, checked against torch",
+        )
+    ]
+
+
+@hookimpl
 def clipgraft_commands() -> list[CommandSpec]:
     """`clipgraft anomaly`."""
     return [CommandSpec(name="anomaly", target=f"{_PACKAGE}.commands:app", help="Find defects with a CLIP.")]

@@ -25,7 +25,7 @@ def probabilities(features: Tensor, texts: Tensor, *, tau: float = TAU) -> Tenso
 
 def upsampled(share: Tensor, grid: tuple[int, int], size: int | tuple[int, int]) -> Tensor:
     """(B, N, C) on ``grid`` -> (B, C, S, S), bilinear without aligned corners."""
-    square = share.transpose(1, 2).reshape(len(share), -1, *grid)
+    square = share.transpose(1, 2).reshape(share.shape[0], -1, *grid)
     return F.interpolate(square, size, mode="bilinear", align_corners=False)
 
 
@@ -49,7 +49,7 @@ def _along(maps: Tensor, kernel: Tensor) -> Tensor:
     at = torch.where(at < size, at, 2 * size - 1 - at)  # ... 1 0 | 0 1 ... n-1 | n-1 n-2 ...
     wide = maps[:, at].permute(0, 2, 1)  # (B, W', H + 2 radius)
     flat = wide.reshape(-1, 1, wide.shape[-1])
-    return F.conv1d(flat, kernel[None, None]).reshape(len(maps), maps.shape[2], size).permute(0, 2, 1)
+    return F.conv1d(flat, kernel[None, None]).reshape(maps.shape[0], maps.shape[2], size).permute(0, 2, 1)
 
 
 def fused(maps: Sequence[Tensor], *, mean: bool) -> Tensor:
