@@ -9,6 +9,7 @@ ANOMALYCLIP = (
     "Zhou et al., AnomalyCLIP: Object-agnostic Prompt Learning for Zero-shot Anomaly Detection, ICLR 2024, "
     "arXiv 2310.18961"
 )
+GENCLIP = "Reconstruction of GenCLIP, arXiv 2504.14919; no official code or constants were available"
 CLIPN = "Wang et al., CLIPN for Zero-Shot OOD Detection: Teaching CLIP to Say No, ICCV 2023, arXiv 2308.12213"
 
 WINCLIP = (
@@ -50,6 +51,13 @@ def clipgraft_heads() -> list[Component]:
             paper=ANOMALYCLIP,
         ),
         Component(
+            name="genclip",
+            target=f"{_PACKAGE}.genclip.prompts:GenClip",
+            config=f"{_PACKAGE}.genclip.prompts:GenClipConfig",
+            summary="Reconstruction of GenCLIP: general prompts, and ones pictures help to write; made by genclip",
+            paper=GENCLIP,
+        ),
+        Component(
             name="prompts",
             target=f"{_PACKAGE}.handwritten:Prompts",
             config=f"{_PACKAGE}.handwritten:PromptsConfig",
@@ -83,6 +91,14 @@ def clipgraft_recipes() -> list[Component]:
             config=f"{_PACKAGE}.anomalyclip.config:AnomalyClipRunConfig",
             summary="Learn what damage looks like on some objects, find it on any: two prompts that name no object",
             paper=ANOMALYCLIP,
+            presets=f"{_PACKAGE}.recipes",
+        ),
+        Component(
+            name="genclip",
+            target=f"{_PACKAGE}.genclip.recipe:GenClipRecipe",
+            config=f"{_PACKAGE}.genclip.config:GenClipRunConfig",
+            summary="Reconstruction of GenCLIP: learn general prompts, and ones that several layers' features complete",
+            paper=GENCLIP,
             presets=f"{_PACKAGE}.recipes",
         ),
         Component(
