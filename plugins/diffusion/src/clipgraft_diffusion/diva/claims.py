@@ -95,7 +95,7 @@ OWN = Claim(
         "stays as it is. Here every base has a generator of its own. The second stage has the settings of diva:tiny; "
         "the generator was chosen on the tuning splits of the three bases (pairs +.37, +.32, +.35). 4 x 4 tokens and "
         "700 steps gave as much there in twice the time, 300 steps .01 less on base 1, twice the anchor .04 less. "
-        "One look at the test split: +.38, +.34 and +.35 by base, largest p .0007, 98.4 % of zero-shot kept; orientation, which no "
-        "generator notices, gains nothing"
+        "One look at the test split: +.38, +.34 and +.35 by base, largest p .0007, 98.4 % of zero-shot kept; "
+        "orientation, which no generator notices, gains nothing"
     ),
 )

@@ -93,8 +93,8 @@ DISCRETE = Claim(
     kept=(Kept(metric="core/zero-shot.top1", share=0.95),),
     budget=480,
     tried=(
-        "one look. Afterwards two settings were tried on the tuning split of base 1, which gained least: a blur of .6 and "
-        "of 2.0 deviations in the first stage gave +.062 and -.012, where the preset's 1.0 gives +.056. That is no ground "
-        "for a second look, and none was taken"
+        "one look. Afterwards two settings were tried on the tuning split of base 1, which gained least: a blur of .6 "
+        "and of 2.0 deviations in the first stage gave +.062 and -.012, where the preset's 1.0 gives +.056. That is no "
+        "ground for a second look, and none was taken"
     ),
 )
