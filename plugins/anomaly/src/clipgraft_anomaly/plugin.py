@@ -173,4 +173,11 @@ def clipgraft_claims() -> list[Component]:
             needs=("clipgraft-toyworld",),
             paper=ANOMALYCLIP,
         ),
+        Component(
+            name="winclip-few-shot",
+            target=f"{_PACKAGE}.winclip_claims:FEW_SHOT",
+            summary="A few normal pictures find damage that prompts alone, or as much noise, don't",
+            needs=("clipgraft-toyworld",),
+            paper=WINCLIP,
+        ),
     ]

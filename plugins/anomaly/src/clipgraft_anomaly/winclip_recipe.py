@@ -103,7 +103,7 @@ class WinClipRecipe:
                 shown = drawn.samples[memory.objects[(number + (c.reference == "other")) % len(normal)]]
                 head.remember(name, self._views(detector, shown, run))
                 bar.advance(note=name)
-        run.log.info(f"remembered {c.shots} of {sum(map(len, normal.values()))} normal pictures: {', '.join(normal)}")
+        run.log.info(f"remembered {c.shots} normal pictures of each: {', '.join(normal)}")
         return StageResult(components={"winclip": head}, metrics={"objects": float(len(normal))})
 
     def _views(self, detector: WinClipDetector, shown: Sequence[Sample], run: Run) -> Views:
