@@ -167,7 +167,7 @@ def clipgraft_claims() -> list[Component]:
         Component(
             name="diva-own",
             target="clipgraft_diffusion.diva.claims:OWN",
-            summary="A generator pretrained over each base's own tokens, told by its own text tower: minimal pairs told apart",
+            summary="A generator pretrained over the base's own tokens lets its text tower tell minimal pairs apart",
             needs=("clipgraft-toyworld",),
             paper=DIVA,
         ),
