@@ -193,6 +193,13 @@ def clipgraft_claims() -> list[Component]:
             paper=GENHANCER,
         ),
         Component(
+            name="sds-clip",
+            target="clipgraft_diffusion.sds.claims:SDS",
+            summary="Images and captions that differ in one detail are matched better than after contrastive training",
+            needs=("clipgraft-evaluation", "clipgraft-toyworld"),
+            paper=SDS_CLIP,
+        ),
+        Component(
             name="un2clip",
             target="clipgraft_diffusion.unclip.claims:UN2CLIP",
             summary="Details become readable from the global embedding when its decoder is turned round",
