@@ -6,7 +6,7 @@ from PIL import Image
 from scipy import ndimage
 
 from clipgraft.errors import InputError
-from clipgraft_anomaly.overlays import OUTLINE, colour_table, heat, oklab_path, outline, outlined, overlay, srgb
+from clipgraft_anomaly.overlays import CASING, OUTLINE, colour_table, heat, oklab_path, outline, outlined, overlay, srgb
 from clipgraft_anomaly.predict_maps import map_limit, read_map, write_map
 
 
@@ -52,12 +52,13 @@ def test_outlines_against_scipys_erosion(width):
     assert np.array_equal(outline(mask, width=width), mask & ~ndimage.binary_erosion(mask, iterations=width))
 
 
-def test_outlined_pictures_change_only_at_the_outline():
-    picture, mask = np.zeros((600, 700, 3), np.uint8), np.zeros((600, 700), bool)
-    mask[100:200, 150:300] = True
+def test_outlined_pictures_change_only_at_the_outline_and_the_dark_line_around_it():
+    picture, mask = np.full((600, 700, 3), 99, np.uint8), np.zeros((600, 700), bool)
+    mask[100:200, 150:300], mask[590:, :40] = True, True
     drawn = outlined(picture, mask)
-    changed = (drawn != picture).any(2)
-    assert np.array_equal(changed, outline(mask, width=2)) and (drawn[changed] == OUTLINE).all()
+    changed, edge = (drawn != picture).any(2), outline(mask, width=2)
+    assert (drawn[edge] == OUTLINE).all() and (drawn[changed & ~mask] == CASING).all()
+    assert np.array_equal(changed, edge | (ndimage.binary_dilation(mask) & ~mask))
     assert np.array_equal(outlined(picture, np.zeros_like(mask)), picture)
 
 

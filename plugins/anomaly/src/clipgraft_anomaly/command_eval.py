@@ -48,7 +48,7 @@ def evaluate(
         bool, typer.Option("--allow-same", help="Measure even on pictures that the detector was trained on.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write results, a row per picture, and curves here.")
+        Path | None, typer.Option(metavar="DIR", help="Write results, a row per picture, and a page here.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures per forward pass.")] = 8,
     workers: Annotated[
@@ -65,6 +65,8 @@ def evaluate(
     from clipgraft_anomaly.detector import open_detector
     from clipgraft_anomaly.evaluate import evaluate_detector
     from clipgraft_anomaly.inspection import open_inspection
+    from clipgraft_anomaly.report_cases import gallery
+    from clipgraft_anomaly.report_page import write_page
     from clipgraft_anomaly.same_data import refuse_same
 
     settings: dict[str, object] = {}
@@ -89,6 +91,8 @@ def evaluate(
             log.info(note)
         if out is not None:
             _write(out, report, document)
+            shown = gallery(detector, source, report, name=class_name, batch_size=batch_size, log=log)
+            write_page(out / "report.html", report, document, shown)
     emit(document) if json else _show(report, title=f"{detector.method} on {chosen}")
 
 

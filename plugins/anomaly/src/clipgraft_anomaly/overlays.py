@@ -27,6 +27,7 @@ STRENGTH = 0.7
 """How much of the picture the largest score covers."""
 OUTLINE = (0, 229, 255)
 """A colour that the heat map doesn't have."""
+CASING = (16, 24, 32)
 _LMS = np.array([[1, 0.3963377774, 0.2158037573], [1, -0.1055613458, -0.0638541728], [1, -0.0894841775, -1.2914855480]])
 _RGB = np.array(
     [
@@ -88,11 +89,25 @@ def outline(mask: NDArray[np.bool_], *, width: int = 1) -> NDArray[np.bool_]:
     return mask & ~inner
 
 
-def outlined(picture: Bytes, mask: NDArray[np.bool_], *, colour: tuple[int, int, int] = OUTLINE) -> Bytes:
-    """The picture (H, W', 3) with the mask's outline, as thick as suits its size."""
+def outlined(picture: Bytes, mask: NDArray[np.bool_], *, width: int | None = None) -> Bytes:
+    """The picture (H, W', 3) with the mask's outline in ``OUTLINE`` and a dark line around it.
+
+    ``width`` [pixels] is by default as much as suits the picture's size.
+    """
+    width = max(1, round(min(mask.shape) / 250)) if width is None else width
     drawn = picture.copy()
-    drawn[outline(mask, width=max(1, round(min(mask.shape) / 250)))] = colour
+    drawn[_around(mask, width=max(1, width // 2))] = CASING
+    drawn[outline(mask, width=width)] = OUTLINE
     return drawn
+
+
+def _around(mask: NDArray[np.bool_], *, width: int) -> NDArray[np.bool_]:
+    """(H, W'): pixels outside of the mask, at most ``width`` steps from it."""
+    outer = mask
+    for _ in range(width):
+        wide = np.pad(outer, 1)
+        outer = outer | wide[:-2, 1:-1] | wide[2:, 1:-1] | wide[1:-1, :-2] | wide[1:-1, 2:]
+    return outer & ~mask
 
 
 def _catmull_rom(knots: NDArray[np.float64], at: NDArray[np.float64]) -> NDArray[np.float64]:
