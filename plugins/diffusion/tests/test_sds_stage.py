@@ -249,6 +249,17 @@ def test_captions_beyond_the_first_so_many_are_left_out_with_their_weights():
     assert sample.extra[KEY].shape == (2, 16 + 20)
 
 
+def test_captions_states_are_computed_once():
+    s, calls = stage(), []
+    data, teacher = batch(s.encoder), s.critic.parts.teacher
+    inner = teacher.tell
+    object.__setattr__(teacher, "tell", lambda ids: calls.append(1) or inner(ids))
+    first = s.critic.told(data)
+    assert torch.equal(s.critic.told(data[slice(1, 3)]), first[1:3])
+    assert torch.equal(first, inner(data.text))
+    assert len(calls) == 1
+
+
 def test_shuffled_tells_each_image_the_caption_of_another():
     s = stage()
     data = batch(s.encoder)

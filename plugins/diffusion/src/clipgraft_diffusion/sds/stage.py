@@ -30,6 +30,8 @@ from clipgraft_diffusion.sds.mapper import LatentMapper, size
 from clipgraft_diffusion.sds.told import Told
 
 POOLED = FeatureRequest()
+TOLD = 2**28
+"""Bytes of captions' states that are kept: a thousand of Stable Diffusion's, all of a miniature's."""
 WarmupOn = Literal["image", "text", "both"]
 
 
@@ -80,7 +82,7 @@ class Critic:
 
     def __init__(self, distillation: Distillation) -> None:
         self.parts = distillation
-        self._told = Remembered()
+        self._told = Remembered(memory=TOLD)
         self._checked = False
 
     def told(self, batch: Batch) -> Tensor:

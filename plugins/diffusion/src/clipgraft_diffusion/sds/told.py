@@ -212,24 +212,20 @@ def open_told_diffusion(
     log: RunLog | None = None,
 ) -> ToldDiffusion:
     """A diffusers directory or Hugging Face id: UNet, text encoder and tokenizer, safetensors only, in fp32."""
-    import diffusers
     import transformers
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     def part(opener: Any, folder: str, **more: Any) -> Any:
         more |= {"revision": revision, "weights": (weights or {}).get(folder), "log": log}
         return open_part(opener, name, folder, setting=SETTING, otherwise=OTHERWISE, **more)
 
-    scheduler: Any = part(diffusers.schedulers.scheduling_ddpm.DDPMScheduler, "scheduler")
+    scheduler: Any = part(DDPMScheduler, "scheduler")
     if problems := _target_problems(name, scheduler.config):
         raise InputError(problems[0])
     tokenizer = part(transformers.CLIPTokenizer, "tokenizer")
     text = part(transformers.CLIPTextModel, "text_encoder", use_safetensors=True, dtype=torch.float32)
-    unet = part(
-        diffusers.models.unets.unet_2d_condition.UNet2DConditionModel,
-        "unet",
-        use_safetensors=True,
-        torch_dtype=torch.float32,
-    )
+    unet = part(UNet2DConditionModel, "unet", use_safetensors=True, torch_dtype=torch.float32)
     length = min(tokenizer.model_max_length, text.config.max_position_embeddings)
     reader = CaptionReader(tokenizer, length=length)
     return ToldDiffusion(unet, text, reader, latent=latent or latent_of(unet.config), checkpointing=checkpointing)
