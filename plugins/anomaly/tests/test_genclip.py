@@ -383,10 +383,8 @@ def test_a_name_that_is_too_long_and_pixels_of_another_size_are_refused():
 def test_without_a_text_tower_the_query_only_branch_still_works():
     encoder, head = setting()
     want = head.detector(encoder).query_only()(pictures())
-    blind = replace(encoder, text=None) if hasattr(encoder, "__dataclass_fields__") else None
-    if blind is None:
-        blind, _ = setting()
-        blind.text = None
+    blind, _ = setting()
+    blind.text = None
     with pytest.raises(InputError, match="this model has none"):
         head.detector(blind)
     found = GenClipDetector(blind, head, blend=BlendConfig(a=0, b=0))(pictures())

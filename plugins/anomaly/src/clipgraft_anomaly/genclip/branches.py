@@ -111,7 +111,7 @@ class GenClipDetector(Detector):
         return blended(looked.seen, vision, query, self.read, blend=blend, size=self.size)
 
     def header(self) -> dict[str, Any]:
-        """Method, size, settings, and the names that were doubted so far."""
-        settings: dict[str, Any] = {"blend": self.blend.model_dump(), "read": self.read.model_dump()}
-        mode = {"mode": self.filter.settings.mode, "doubted": dict(self.filter.doubted)}
-        return super().header() | {"reconstruction": True} | settings | {"filter": mode}
+        """Method, size and every setting; which names were doubted is in ``filter.doubted``."""
+        prompt = self.head.prompt.model_dump(exclude={"chunk", "scale"})
+        settings = {"prompt": prompt, "read": self.read.model_dump(), "blend": self.blend.model_dump()}
+        return super().header() | {"reconstruction": True} | settings | {"filter": self.head.filter.model_dump()}

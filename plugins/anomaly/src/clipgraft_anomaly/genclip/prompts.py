@@ -81,7 +81,8 @@ class QueryConfig(Config):
         """Ids (R, 2, L) of the words about R names; L is what the longest needs."""
         told = [words.replace("{}", name) for name in names for words in (self.normal, self.anomalous)]
         ids: Tensor = encoder.tokenizer(told)
-        return ids[:, : int(ids.argmax(-1).max()) + 1].unflatten(0, (-1, 2))  # the end token has the highest id
+        length = int(ids.argmax(-1).max()) + 1  # the end token has the highest id
+        return ids[:, :length].reshape(-1, 2, length)
 
 
 class BlendConfig(Config):
@@ -137,10 +138,11 @@ class GenClip(DetectorHead):
             prompt.scale * torch.randn(prompt.deep_layers, prompt.deep_tokens, text_width),
             requires_grad=prompt.deep_layers > 0,
         )
-        self.vision = nn.ModuleDict({str(layer): nn.Linear(width, text_width) for layer in sorted(read.needed)})
-        for linear in self.vision.values():
+        linears = {str(layer): nn.Linear(width, text_width) for layer in sorted(read.needed)}
+        for linear in linears.values():
             nn.init.normal_(linear.weight, std=prompt.scale / width**0.5)  # of a normed feature: ``scale`` per token
             nn.init.zeros_(linear.bias)
+        self.vision = nn.ModuleDict(linears)
         self.register_buffer("texts", torch.zeros(2, fits.embed_dim))
 
     def query_texts(self, encoder: Encoder, told: Sequence[Told] | None = None) -> Tensor:
@@ -192,7 +194,8 @@ class GenClip(DetectorHead):
         query = self.query.to(words.dtype).expand(2, -1, -1).repeat(len(names), 1, 1)
         seen = [] if tokens is None else [tokens.to(words.dtype).repeat_interleave(2, 0)[:, None]]
         embedded = torch.cat([words[:, :1], query, *seen, words[:, 1:]], 1)
-        return self._encoded(text, embedded, ids.argmax(-1) + added).unflatten(0, (-1, 2))
+        found = self._encoded(text, embedded, ids.argmax(-1) + added)
+        return found.reshape(len(names), 2, -1)
 
     def _encoded(self, text: Any, embedded: Tensor, end: Tensor) -> Tensor:
         """The text tower over (P, L, V), ``chunk`` prompts at a time; what gradients need is held for one chunk."""
@@ -207,7 +210,7 @@ class GenClip(DetectorHead):
         return torch.cat(
             [
                 checkpoint(encode, x, last, use_reentrant=False) if again else encode(x, last)
-                for x, last in zip(embedded.split(chunk), end.split(chunk), strict=True)
+                for x, last in zip(torch.split(embedded, chunk), torch.split(end, chunk), strict=True)
             ]
         )
 

@@ -47,6 +47,8 @@ class BranchesStage(TrainStage):
         self.encoder: Encoder = encoder
         self.freeze(encoder)
         self.head: GenClip = head
+        if not loss.vision:
+            self.freeze(head.vision)
         self.size = store.preprocess.size[0]
         self.grid = grid
 
@@ -93,7 +95,9 @@ class BranchesStage(TrainStage):
     def param_groups(self) -> list[dict[str, Any]]:
         """Query and deep tokens, and the linear maps."""
         prompts = [p for p in (self.head.query, self.head.deep) if p.requires_grad]
-        return [{"name": "prompts", "params": prompts}, {"name": "vision", "params": [*self.head.vision.parameters()]}]
+        vision = [p for p in self.head.vision.parameters() if p.requires_grad]
+        groups = ({"name": "prompts", "params": prompts}, {"name": "vision", "params": vision})
+        return [group for group in groups if group["params"]]
 
 
 def produce(look: LayeredReader) -> Callable[[Tensor], dict[str, Tensor]]:
