@@ -141,10 +141,21 @@ def test_random_weights_are_other_weights_of_like_size(tiny_diffusion):
     assert all(0.5 < float(after[name].std() / p.std()) < 2 for name, p in before.items())
 
 
+OPENERS = {
+    "unet:open_stable_diffusion": "prompt='a'",
+    "sds.told:open_told_diffusion": "",
+    "unclip.model:open_unclip": "size=64, embed_dim=16, noise={}",
+}
+
+
 @pytest.mark.slow
-def test_parts_open_in_a_process_that_has_not_met_diffusers(tiny_diffusion):
+@pytest.mark.parametrize("opener", OPENERS)
+def test_parts_open_in_a_process_that_has_not_met_diffusers(opener, request):
+    module, function = opener.split(":")
+    where = request.getfixturevalue("tiny_unclip" if "unclip" in opener else "tiny_diffusion")
     code = (
-        "import sys; from clipgraft_diffusion.unet import open_stable_diffusion; "
-        "assert 'diffusers' not in sys.modules; open_stable_diffusion(sys.argv[1], prompt='a')"
+        f"import sys; from clipgraft_diffusion.{module} import {function} as opened; "
+        f"assert 'diffusers' not in sys.modules; opened(sys.argv[1], {OPENERS[opener]})"
     )
-    subprocess.run([sys.executable, "-c", code, str(tiny_diffusion)], check=True, capture_output=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code, str(where)], capture_output=True, timeout=120, text=True)
+    assert not done.returncode, done.stderr

@@ -189,22 +189,23 @@ def open_unclip(
     ``weights`` by part pin files or draw random weights; ``log`` is told the sha256 of each. A hub id whose parts don't
     fit is refused here, after the small files and before the large ones where these come first.
     """
-    import diffusers
     import transformers
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     def part(opener: Any, folder: str, **more: Any) -> Any:
         more |= {"revision": revision, "weights": (weights or {}).get(folder), "log": log}
         return open_part(opener, name, folder, setting=SETTING, otherwise=OTHERWISE, **more)
 
     heavy: dict[str, Any] = {"use_safetensors": True, "torch_dtype": torch.float32}
-    ddpm = diffusers.schedulers.scheduling_ddpm.DDPMScheduler
-    scheduler, noising = part(ddpm, "scheduler"), part(ddpm, "image_noising_scheduler")
+    scheduler, noising = part(DDPMScheduler, "scheduler"), part(DDPMScheduler, "image_noising_scheduler")
     normalizer = part(StableUnCLIPImageNormalizer, "image_normalizer", **heavy)
     tokenizer = part(transformers.CLIPTokenizer, "tokenizer")
     encoder = part(transformers.CLIPTextModel, "text_encoder", use_safetensors=True, dtype=torch.float32)
-    unet = part(diffusers.models.unets.unet_2d_condition.UNet2DConditionModel, "unet", **heavy)
-    vae = part(diffusers.models.autoencoders.autoencoder_kl.AutoencoderKL, "vae", **heavy)
+    unet = part(UNet2DConditionModel, "unet", **heavy)
+    vae = part(AutoencoderKL, "vae", **heavy)
     opened = {
         "unet": unet,
         "vae": vae,
