@@ -180,4 +180,18 @@ def clipgraft_claims() -> list[Component]:
             needs=("clipgraft-toyworld",),
             paper=WINCLIP,
         ),
+        Component(
+            name="clipn",
+            target=f"{_PACKAGE}.clipn.claims:CLIPN",
+            summary="A tower that says no separates unknown classes better than the same CLIP's largest probability",
+            needs=("clipgraft-toyworld",),
+            paper=CLIPN,
+        ),
+        Component(
+            name="clipn-over-logits",
+            target=f"{_PACKAGE}.clipn.claims:OVER_LOGITS",
+            summary="The same against the same CLIP's largest cosine, which needs no training",
+            needs=("clipgraft-toyworld",),
+            paper=CLIPN,
+        ),
     ]
