@@ -213,4 +213,4 @@ def _show(found: Predicted, out: Path) -> None:
         told += f"; {len(found.unreadable)} can't be read"
     if source := found.header["thresholds"]["source"]:
         told += f"; threshold {source}"
-    print(f"{told}. All in {out / 'predictions.jsonl'}, overlays and maps beside it.")
+    print(f"{told}. Lines in {out / 'predictions.jsonl'}, maps and pictures beside it.")
