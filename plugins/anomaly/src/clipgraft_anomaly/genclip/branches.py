@@ -114,4 +114,5 @@ class GenClipDetector(Detector):
         """Method, size and every setting; which names were doubted is in ``filter.doubted``."""
         prompt = self.head.prompt.model_dump(exclude={"chunk", "scale"})
         settings = {"prompt": prompt, "read": self.read.model_dump(), "blend": self.blend.model_dump()}
-        return super().header() | {"reconstruction": True} | settings | {"filter": self.head.filter.model_dump()}
+        names = {"mode": self.head.filter.mode} | self.head.filter.model_dump(exclude_defaults=True)
+        return super().header() | {"reconstruction": True} | settings | {"filter": names}

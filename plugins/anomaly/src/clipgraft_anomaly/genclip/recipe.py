@@ -46,8 +46,7 @@ class GenClipRecipe:
         for attempt in (
             lambda: self.config.read.resolved(run.encoder),
             lambda: self.config.prompt.resolved(run.encoder),
-            lambda: self._names_fit(run),
-            lambda: check_labels(run.train_source()),
+            lambda: self._data_fit(run),
             self._learns,
         ):
             try:
@@ -60,13 +59,15 @@ class GenClipRecipe:
         if not self.config.loss.vision and not self.config.loss.query:
             raise InputError("loss.vision and loss.query are both 0, so nothing would be learnt; set one above 0")
 
-    def _names_fit(self, run: Run) -> None:
-        """Every name that the filter keeps makes prompts that the text tower takes."""
+    def _data_fit(self, run: Run) -> None:
+        """Two classes, and every name that the filter keeps makes prompts that the text tower takes."""
+        source = run.train_source()
+        check_labels(source)
         if self.config.prompt.named == "none":
             return
         prompt, encoder = self.config.prompt.resolved(run.encoder), run.encoder
         check = NameFilter(encoder, self.config.filter)
-        for name in names_of(run.train_source()):
+        for name in names_of(source):
             needs = prompt.ids(encoder, [check(name).name]).shape[-1] + prompt.query + 1
             length = encoder.text.context_length if encoder.text is not None else 0
             if needs > length:
