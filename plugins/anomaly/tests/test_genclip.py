@@ -25,6 +25,7 @@ from clipgraft_anomaly.genclip.prompts import BlendConfig, GenClip, QueryConfig
 from clipgraft_anomaly.genclip.stage import BranchesStage, produce
 from clipgraft_anomaly.genclip.vision import LayeredReadConfig, LayeredReader
 from clipgraft_anomaly.losses import map_loss
+from clipgraft_anomaly.onnx_graph import InspectionGraph
 from clipgraft_anomaly.reading import Reader, detection
 from clipgraft_anomaly.scoring import gaussian, probabilities, upsampled
 from clipgraft_anomaly.text_path import encode_embeddings
@@ -388,3 +389,14 @@ def test_without_a_text_tower_the_query_only_branch_still_works():
         head.detector(blind)
     found = GenClipDetector(blind, head, blend=BlendConfig(a=0, b=0))(pictures())
     assert torch.equal(found.map, want.map)
+
+
+def test_the_query_only_branch_is_a_graph_of_pictures_with_two_constants():
+    encoder, head = setting(score_weight=0.25)
+    detector = head.detector(encoder).query_only()
+    graph = InspectionGraph(
+        detector.reader.dense, texts=detector.texts, read=detector.read, preprocess=encoder.preprocess
+    )
+    found, want = graph(pictures()), detector(pictures(), ["cat", "dog", "pcb1"])
+    torch.testing.assert_close(found.map, want.map, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.score, want.score, atol=1e-5, rtol=1e-5)
