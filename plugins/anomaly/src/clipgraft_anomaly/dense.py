@@ -8,7 +8,6 @@ No module is patched: the local path is computed from the blocks' own weights wh
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -94,9 +93,10 @@ class DenseTower(nn.Module):
         found: dict[int, Tensor] = {}
         last = max(layers, default=0)
         for layer, block in enumerate(self.tower.transformer.resblocks, start=1):
-            if vv_start is not None and vv_start <= layer <= last:
-                local = (h if local is None else local) + block.ls_1(value_attention(block, block.ln_1(h)))
-            h = block(h)
+            values = vv_start is not None and vv_start <= layer <= last
+            before, (h, own) = h, through(block, h, values=values, cls_only=layer == self.depth and values)
+            if own is not None:
+                local = (before if local is None else local) + own
             if layer in layers:
                 found[layer] = (h if local is None else local)[:, 1:]
         return Dense(h[:, 0], found, self.grid)
@@ -126,15 +126,36 @@ class DenseTower(nn.Module):
         return x if self.tower.proj is None else x @ self.tower.proj
 
 
+def through(block: Any, h: Tensor, *, values: bool, cls_only: bool) -> tuple[Tensor, Tensor | None]:
+    """One block on (B, M, W): its output, and with ``values`` what its value attention adds to the local path.
+
+    Both attentions are fused and share one projection; the second is ``value_attention``'s. ``cls_only`` gives the
+    output (B, 1, W) of the class token alone, for the last block when nothing reads its patches.
+    """
+    y, heads = block.ln_1(h), block.attn.num_heads
+    q, k, v = (
+        part.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, heads, M, W / heads)
+        for part in F.linear(y, block.attn.in_proj_weight, block.attn.in_proj_bias).chunk(3, -1)
+    )
+
+    def mixed(query: Tensor, key: Tensor) -> Tensor:
+        seen = F.scaled_dot_product_attention(query, key, v).transpose(1, 2).flatten(2)
+        out: Tensor = block.ls_1(block.attn.out_proj(seen))
+        return out
+
+    own = mixed(v, v) if values else None
+    h, q = (h[:, :1], q[:, :, :1]) if cls_only else (h, q)
+    h = h + mixed(q, k)
+    return h + block.ls_2(block.mlp(block.ln_2(h))), own
+
+
 def value_attention(block: Any, x: Tensor) -> Tensor:
-    """Attention of a block with query = key = value over (B, M, W), through fused attention."""
-    attention = block.attn
-    size, length, width = x.shape
+    """Attention of a block with query = key = value over (B, M, W), without the block's layer scale."""
+    attention, width = block.attn, x.shape[-1]
     bias = None if attention.in_proj_bias is None else attention.in_proj_bias[2 * width :]
     v = F.linear(x, attention.in_proj_weight[2 * width :], bias)
-    v = v.view(size, length, attention.num_heads, -1).transpose(1, 2)  # (B, heads, M, W / heads)
-    seen = F.scaled_dot_product_attention(v, v, v, scale=1 / math.sqrt(v.shape[-1]))
-    out: Tensor = attention.out_proj(seen.transpose(1, 2).reshape(size, length, width))
+    v = v.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # (B, heads, M, W / heads)
+    out: Tensor = attention.out_proj(F.scaled_dot_product_attention(v, v, v).transpose(1, 2).flatten(2))
     return out
 
 
