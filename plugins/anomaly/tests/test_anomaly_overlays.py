@@ -33,6 +33,15 @@ def test_lightness_also_rises_in_cielab():
     assert (np.diff(lab[:, 0]) > 0).all() and lab[-1, 0] - lab[0, 0] > 75
 
 
+def test_large_pictures_are_drawn_in_strips_without_a_seam():
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (600, 5, 3)).astype(np.uint8)
+    scores = rng.random((600, 5)).astype(np.float32)
+    whole = overlay(picture, scores, (0.1, 0.9))
+    rows = [overlay(picture[k : k + 1], scores[k : k + 1], (0.1, 0.9)) for k in range(600)]
+    assert np.array_equal(whole, np.concatenate(rows))
+
+
 def test_one_scale_for_all_pictures_keeps_a_good_part_plain():
     picture = np.full((4, 6, 3), 120, np.uint8)
     good, bad = np.full((4, 6), 0.2, np.float32), np.full((4, 6), 0.2, np.float32)
@@ -64,13 +73,13 @@ def test_outlined_pictures_change_only_at_the_outline_and_the_dark_line_around_i
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.2, 0.4), (-3.0, 0.5), (0.0, 7.5)])
 def test_raw_values_come_back_from_both_kinds_of_files(tmp_path, low, high):
-    scores = np.random.default_rng(1).uniform(low, high, (37, 23)).astype(np.float32)
+    scores = np.random.default_rng(1).uniform(low, high, (337, 23)).astype(np.float32)
     code = write_map(tmp_path / "deep/er/a.png", scores)
     assert code == (min(0.0, float(scores.min())), max(1.0, float(scores.max())))
     assert np.abs(read_map(tmp_path / "deep/er/a.png") - scores).max() <= 0.501 * (code[1] - code[0]) / 65535
     with Image.open(tmp_path / "deep/er/a.png") as opened:  # as the documented formula says, without our reader
         pixels = np.asarray(opened)
-        assert opened.mode == "I;16" and opened.size == (23, 37)
+        assert opened.mode == "I;16" and opened.size == (23, 337)
         by_hand = float(opened.text["low"]) + (float(opened.text["high"]) - float(opened.text["low"])) * pixels / 65535
     assert by_hand == pytest.approx(read_map(tmp_path / "deep/er/a.png"), abs=1e-6)
     write_map(tmp_path / "a.npy", scores)

@@ -23,6 +23,8 @@ PATH = (  # lightness, chroma, hue [degrees] of Oklab; all of it lies inside sRG
     (0.93, 0.130, 467),
 )
 LEVELS = 256
+STRIP = 256
+"""Rows at a time, so that large pictures need little more memory than themselves."""
 STRENGTH = 0.7
 """How much of the picture the largest score covers."""
 OUTLINE = (0, 229, 255)
@@ -74,10 +76,14 @@ def overlay(picture: Bytes, scores: Floats, scale: tuple[float, float], *, stren
 
     ``scale`` is one for all pictures of a data set, so that a good part looks like one.
     """
-    share = heat(scores, scale)
-    colour = colour_table()[(share * (LEVELS - 1)).round().astype(np.int64)]
-    cover = (strength * share)[..., None]
-    return (picture * (1 - cover) + colour * cover).round().astype(np.uint8)
+    table, drawn = colour_table(), np.empty_like(picture)
+    for start in range(0, len(picture), STRIP):
+        rows = slice(start, start + STRIP)
+        share = heat(scores[rows], scale)
+        colour = table[(share * (LEVELS - 1)).round().astype(np.uint8)]
+        cover = (strength * share)[..., None]
+        drawn[rows] = (picture[rows] * (1 - cover) + colour * cover).round().astype(np.uint8)
+    return drawn
 
 
 def outline(mask: NDArray[np.bool_], *, width: int = 1) -> NDArray[np.bool_]:

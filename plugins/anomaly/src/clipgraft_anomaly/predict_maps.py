@@ -18,6 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from clipgraft import files
 from clipgraft.errors import InputError
+from clipgraft_anomaly.overlays import STRIP
 
 MapFormat = Literal["png", "npy"]
 LEVELS = 65535
@@ -35,7 +36,10 @@ def write_map(path: Path, scores: Floats, *, limit: float = 1.0) -> tuple[float,
         told = PngInfo()
         for key, value in {"low": repr(low), "high": repr(high), "formula": FORMULA}.items():
             told.add_text(key, value)
-        pixels = ((scores.astype(np.float64) - low) * (LEVELS / (high - low))).round().astype(np.uint16)
+        pixels = np.empty(scores.shape, np.uint16)
+        for start in range(0, len(scores), STRIP):
+            rows = slice(start, start + STRIP)
+            pixels[rows] = ((scores[rows].astype(np.float64) - low) * (LEVELS / (high - low))).round()
         Image.fromarray(pixels).save(buffer, "PNG", pnginfo=told, compress_level=3)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_bytes(path, buffer.getvalue())
@@ -55,7 +59,9 @@ def read_map(path: Path | str) -> Floats:
             low, high = float(text["low"]), float(text["high"])
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{path} is no map that clipgraft wrote ({type(error).__name__}); predict it again") from None
-    return (low + (high - low) / LEVELS * pixels.astype(np.float64)).astype(np.float32)
+    levels = low + (high - low) / LEVELS * np.arange(LEVELS + 1)
+    found: Floats = levels.astype(np.float32)[pixels]
+    return found
 
 
 def map_limit(header: dict[str, Any]) -> float:
