@@ -36,7 +36,7 @@ CONTROLS = (
 OVER = ("before", "anchor-only", "shuffled", "random-decoder")
 KEPT = (Kept(metric="core/zero-shot.top1", share=0.95),)
 TRIED = (
-    "six settings on the tuning split of the second base, the chosen one then on those of the two others. With levels "
+    "five settings on the tuning split of the second base, the chosen one then on those of the two others. With levels "
     "drawn as unCLIP does in place of the blur, that base gained +.014 pairs where the preset gains +.069 (the probe "
     "+.053 and +.060); noise at level 300 or at drawn levels in the second stage changed little. One look at the test "
     "split. Orientation never gains"
