@@ -9,6 +9,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from clipgraft.checkpoint import read_manifest
+from clipgraft.data.transforms import evaluation_transform
 from clipgraft.errors import InputError
 from clipgraft.execution import run_recipe
 from clipgraft.registry import Registry
@@ -185,3 +186,20 @@ def test_a_finished_stage_is_taken_up(tmp_path, registry):
     (tmp_path / "run/status.json").write_text(json.dumps({"recipe": "anomaly/winclip", "status": "interrupted"}))
     run_recipe(resume=tmp_path / "run", registry=registry)
     assert torch.equal(open_detector(str(done.run), registry=registry).kept_patches, before)
+
+
+def test_pictures_without_labels_are_inspected_by_the_runs_detector(tmp_path, registry):
+    parts(tmp_path / "data", names=("bottle",))
+    settings = {"data.from": f"mvtec:{tmp_path}/data", "model.from": "toyworld/clip"}
+    done = run_recipe("winclip", overrides=SAME_WORDS | settings, out=tmp_path / "run", registry=registry)
+    images, out = tmp_path / "data/bottle/test/dent", tmp_path / "out"
+    told = CliRunner().invoke(app, ["predict", str(done.run), "--images", str(images), "--out", str(out), "--json"])
+    assert told.exit_code == 0, told.output
+    detector = open_detector(str(done.run), registry=registry)
+    source = open_inspection(f"mvtec:{tmp_path}/data", registry=registry)
+    dent = [source[i] for i in range(4) if source[i].label]
+    pixels = torch.stack([evaluation_transform(detector.preprocess)(sample.image) for sample in dent])
+    want = dict(zip(("000.png", "001.png"), detect(detector, pixels, ["bottle"] * 2).score.tolist(), strict=True))
+    lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    found = {line["file"]: line["score"] for line in lines if "file" in line}
+    assert found == pytest.approx(want, abs=1e-6)

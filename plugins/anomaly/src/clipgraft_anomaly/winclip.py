@@ -118,6 +118,7 @@ class WinClipDetector(Detector):
 
     method: ClassVar[str] = "winclip"
     named: ClassVar[bool] = True
+    kept_patches: Tensor
 
     def __init__(self, encoder: Encoder, head: WinClip) -> None:
         super().__init__()
@@ -187,7 +188,7 @@ class WinClipDetector(Detector):
         kinds = list(dict.fromkeys(names))
         for kind in kinds:
             rows = slice(None) if len(kinds) == 1 else [i for i, name in enumerate(names) if name == kind]
-            for some in kept[self.memory.objects.index(kind)].flatten(0, 1).split(MEMORY_ROWS):
+            for some in torch.split(kept[self.memory.objects.index(kind)].flatten(0, 1), MEMORY_ROWS):
                 highest[rows] = torch.maximum(highest[rows], (x[rows] @ some.T).amax(-1))
         return ((1 - highest) / 2).clamp(min=0)
 

@@ -112,7 +112,7 @@ class WinClipRecipe:
         pixels = torch.stack([transform(sample.image) for sample in shown])
         if self.config.reference == "noise":
             pixels = torch.rand(pixels.shape, generator=torch.Generator().manual_seed(run.seed))
-        found = [detector.views(some.to(run.device)) for some in pixels.split(self.config.batch_size)]
+        found = [detector.views(some.to(run.device)) for some in torch.split(pixels, self.config.batch_size)]
         windows = {k: torch.cat([views.windows[k] for views in found]) for k in found[0].windows}
         return Views(
             torch.cat([views.whole for views in found]), windows, torch.cat([views.patches for views in found])

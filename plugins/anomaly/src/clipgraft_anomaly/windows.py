@@ -98,8 +98,8 @@ class WindowTower(nn.Module):
         """Embedded tokens (B, 1 + N, W) and windows (M, k * k) -> (B, M, D)."""
         taken = torch.cat([patches.new_zeros(len(patches), 1), patches + 1], 1)  # the class token first
         found = []
-        for picture in embedded.split(max(1, self.chunk // len(taken))):
-            for some in taken.split(self.chunk):
+        for picture in torch.split(embedded, max(1, self.chunk // len(taken))):
+            for some in torch.split(taken, self.chunk):
                 sequences = picture[:, some].flatten(0, 1)  # (b * m, 1 + k * k, W)
                 found.append(self.dense.project(self._blocks(sequences)[:, 0]).view(len(picture), len(some), -1))
         parts = -(-len(taken) // self.chunk)
