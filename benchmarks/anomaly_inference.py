@@ -7,8 +7,7 @@ before the first picture, as the script for data sets does. Ours is the detector
 Scores and maps must agree to 1e-4, else the program ends. Cases take turns; medians count. Memory is each case's peak
 (VmHWM) in a process of its own, and how far that lies above what the models took.
 
-    python benchmarks/anomaly_inference.py [--tower base|large|small] [--size 224] [--images 8] [--batch-size 4] [--turns 3]
-        [--json]
+    python benchmarks/anomaly_inference.py [--tower base|large|small] [--size 224] [--images 8] [--json]
 
 ``large`` is the official setting: ViT-L/14 at 518 px. anomalib's WinCLIP downloads its weights when it is built, so it
 is no part of this.

@@ -16,6 +16,9 @@ from clipgraft.testing.tiny import tiny_clip
 from clipgraft_anomaly import onnx_export
 from clipgraft_anomaly.anomalyclip.prompts import AnomalyClip, PromptConfig
 from clipgraft_anomaly.detector import Fits, detect, open_detector
+from clipgraft_anomaly.genclip.name_filter import FilterConfig
+from clipgraft_anomaly.genclip.prompts import BlendConfig, GenClip, QueryConfig
+from clipgraft_anomaly.genclip.vision import LayeredReadConfig
 from clipgraft_anomaly.handwritten import PlainReadConfig, Prompts, WordsConfig
 from clipgraft_anomaly.onnx_graph import baked, folded, why_not_baked
 from clipgraft_anomaly.reading import ReadConfig
@@ -182,10 +185,11 @@ def test_what_cannot_be_a_graph_of_pictures_alone_is_refused(model, registry, tm
         baked(open_detector(str(model), registry=registry), name="cat")
     plain = write_export(encoder, tmp_path / "plain")
     for asked, message in (
-        (f"{plain}?method=winclip", "winclip has no ONNX graph .it reads windows"),
+        (f"{plain}?method=winclip", "winclip has no ONNX graph .it compares windows"),
         (f"{plain}?method=prompts", "give the name"),
         (str(plain), r"holds no detector; .*\?method=prompts&name=NAME"),
-        (f"{plain}?class=cat", "unknown key class; known are method and name"),
+        (f"{model}?branch=query", "only genclip has a branch"),
+        (f"{plain}?class=cat", "unknown key class; known are branch, method and name"),
     ):
         with pytest.raises(InputError, match=message):
             onnx_export.export_onnx(asked, tmp_path / "out", registry=registry)
@@ -194,6 +198,21 @@ def test_what_cannot_be_a_graph_of_pictures_alone_is_refused(model, registry, tm
     (tmp_path / "mine" / "thesis.tex").write_text("years")
     with pytest.raises(InputError, match="is not replaced"):
         onnx_export.export_onnx(str(model), tmp_path / "mine", registry=registry)
+
+
+def test_genclip_is_exported_by_its_branch_that_is_the_same_for_all_pictures():
+    encoder = tiny_clip(depth=3, context=24).eval().requires_grad_(False)
+    read = LayeredReadConfig(layers=(2, 3), vv_start=2).resolved(encoder)
+    prompt = QueryConfig(query=5, deep_tokens=2, deep_layers=1).resolved(encoder)
+    settings = {"read": read, "blend": BlendConfig(), "filter": FilterConfig(), "fits": Fits.of(encoder)}
+    head = GenClip(prompt=prompt, **settings).requires_grad_(False)
+    head.settle(encoder)
+    detector = head.detector(encoder).eval()
+    assert "'MODEL?branch=query'" in why_not_baked(detector)
+    chosen, pixels = onnx_export._query_only(detector, "query"), torch.rand(2, 3, 32, 32)
+    ours, theirs = detect(chosen, pixels), baked(chosen)(pixels)
+    torch.testing.assert_close(theirs.score, ours.score)
+    torch.testing.assert_close(theirs.map, ours.map)
 
 
 def test_missing_packages_are_one_line_with_the_command(monkeypatch, model, registry, tmp_path):

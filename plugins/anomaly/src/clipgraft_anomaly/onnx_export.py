@@ -39,15 +39,18 @@ WHOLE = 1_900_000_000
 def export_onnx(model: str, out: Path, *, registry: Registry) -> dict[str, Any]:
     """The exporter ``anomaly/onnx``.
 
-    ``model`` is a run or export with a detector, or 'MODEL?method=prompts&name=NAME'.
+    ``model`` is a run or export with a detector, 'RUN?branch=query' for GenCLIP's, or 'MODEL?method=prompts&name=NAME'.
     """
     check_packages()
-    reference, method, name = _asked(model)
+    reference, asked = _asked(model)
+    method, name = asked.get("method"), asked.get("name")
     with RunLog().progress("exporting to ONNX", 3) as bar:
         trained = method is None
         detector = (
             _trained(reference, registry) if trained else open_detector(reference, registry=registry, method=method)
         )
+        if "branch" in asked:
+            detector = _query_only(detector, asked["branch"])
         bar.advance()
         with files.whole_folder(out, marker=ABOUT) as draft:
             write_graph(detector, draft, name=name)
@@ -66,13 +69,22 @@ def check_packages() -> None:
         raise InputError(f"--format onnx needs {', '.join(lacking)}; type: pip install 'clipgraft-anomaly[onnx]'")
 
 
-def _asked(model: str) -> tuple[str, str | None, str | None]:
-    """Reference, method and name of 'MODEL?method=METHOD&name=NAME'."""
+def _asked(model: str) -> tuple[str, dict[str, str]]:
+    """Reference and keys of 'MODEL?method=METHOD&name=NAME'."""
     reference, _, query = model.partition("?")
     keys = dict(parse_qsl(query, keep_blank_values=True))
-    if unknown := sorted(set(keys) - {"method", "name"}):
-        raise InputError(f"{model}: unknown key {unknown[0]}; known are method and name")
-    return reference, keys.get("method"), keys.get("name")
+    if unknown := sorted(set(keys) - {"branch", "method", "name"}):
+        raise InputError(f"{model}: unknown key {unknown[0]}; known are branch, method and name")
+    return reference, keys
+
+
+def _query_only(detector: Detector, branch: str) -> Detector:
+    """GenCLIP's branch whose texts are the same for every picture."""
+    from clipgraft_anomaly.genclip.branches import GenClipDetector
+
+    if branch != "query" or not isinstance(detector, GenClipDetector):
+        raise InputError(f"branch={branch} of {detector.method}: only genclip has a branch to choose, branch=query")
+    return detector.query_only().requires_grad_(False).eval()
 
 
 def _trained(reference: str, registry: Registry) -> Detector:

@@ -6,7 +6,7 @@ B pictures, S side of the input in pixels, D joint embedding.
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from clipgraft.errors import InputError
 from clipgraft_anomaly.anomalyclip.prompts import AnomalyClipDetector
 from clipgraft_anomaly.dense import DenseTower
 from clipgraft_anomaly.detector import Detector
+from clipgraft_anomaly.genclip.branches import GenClipDetector
 from clipgraft_anomaly.handwritten import PromptsDetector
 from clipgraft_anomaly.reading import ReadConfig, Seen, detection
 
@@ -67,22 +68,24 @@ def baked(detector: Detector, *, name: str | None = None) -> InspectionGraph:
     """The graph of a detector; ``name`` is what prompts call the object, for those that name it."""
     if problem := why_not_baked(detector, name=name):
         raise InputError(problem)
-    if isinstance(detector, AnomalyClipDetector):
-        texts = detector.texts
-    else:
-        assert isinstance(detector, PromptsDetector) and name is not None
-        texts = detector.texts([name], device=torch.device("cpu"))[0]
-    return InspectionGraph(
-        detector.reader.dense, texts=texts, read=detector.read, preprocess=detector.encoder.preprocess
-    )
+    told: Any = detector
+    texts = told.texts([name], device=torch.device("cpu"))[0] if isinstance(told, PromptsDetector) else told.texts
+    return InspectionGraph(told.reader.dense, texts=texts, read=told.read, preprocess=told.encoder.preprocess)
 
 
 def why_not_baked(detector: Detector, *, name: str | None = None) -> str:
     """Why a detector can't become a graph of pictures alone; empty when it can."""
-    if isinstance(detector, AnomalyClipDetector):
-        return "" if name is None else "anomalyclip names no object, so a graph of it takes no name; leave it out"
     if isinstance(detector, PromptsDetector):
         told = "prompts name the object, and a graph has one pair of texts"
         return "" if name else f"{told}; give the name: 'MODEL?method=prompts&name=NAME'"
-    why = "it reads windows and remembered pictures of each part" if detector.method == "winclip" else "not written yet"
-    return f"{detector.method} has no ONNX graph ({why}); anomalyclip has one, and prompts with the object's name"
+    if isinstance(detector, AnomalyClipDetector | GenClipDetector) and name is not None:
+        return f"a graph of {detector.method} names no object, so it takes no name; leave it out"
+    if isinstance(detector, AnomalyClipDetector) or (isinstance(detector, GenClipDetector) and detector.image_only):
+        return ""
+    if isinstance(detector, GenClipDetector) and detector.query_only().image_only:
+        return "genclip writes texts for every picture; its other branch has a graph: 'MODEL?branch=query'"
+    why = {"winclip": "it compares windows with remembered pictures", "genclip": "its texts name the object"}
+    return (
+        f"{detector.method} has no ONNX graph ({why.get(detector.method, 'not written')}); anomalyclip has one, and "
+        "prompts about a named object"
+    )
