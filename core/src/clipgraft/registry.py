@@ -38,8 +38,8 @@ LATER_COMMANDS = ("new",)
 """Names kept for the core beside the commands that it has."""
 
 KNOWN_PLUGINS = {
-    "anomaly": "anomalyclip genclip winclip clipn",
-    "diffusion": "diva genhancer un2clip sds-clip",
+    "anomaly": "anomalyclip genclip winclip clipn mvtec visa parts parts-table onnx",
+    "diffusion": "diva genhancer genhancer-discrete un2clip sds-clip",
     "data": "wds hf table karpathy coco mix",
     "embedding": "",
     "evaluation": "mmvp aro sugarcrepe winoground knn clustering calibration out-of-distribution corruption geometry",
