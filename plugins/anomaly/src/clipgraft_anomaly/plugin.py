@@ -120,7 +120,7 @@ def clipgraft_evaluators() -> list[Component]:
             name="clipn-ood",
             target=f"{_PACKAGE}.clipn.unknown_classes:UnknownClasses",
             config=f"{_PACKAGE}.clipn.unknown_classes:UnknownClasses",
-            summary="Telling known classes from unknown ones: AUROC and FPR95 of CLIPN's rules and of MSP, energy, logits",
+            summary="Known against unknown classes: AUROC and FPR95 of CLIPN's rules, MSP, max-logit and energy",
             paper=CLIPN,
         ),
         Component(

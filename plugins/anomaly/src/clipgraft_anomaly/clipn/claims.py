@@ -30,7 +30,7 @@ CLIPN = Claim(
     bases=BASES,
     method=METHOD,
     controls=(
-        Arm(name="untrained", recipe=TINY, overrides=NOTHING, note="no says what yes says: all scores are equal"),
+        Arm(name="untrained", recipe=TINY, overrides=NOTHING, note="no says what yes says, up to rounding"),
         Arm(
             name="shuffled",
             recipe=TINY,
@@ -46,7 +46,12 @@ CLIPN = Claim(
     kept=(),
     budget=240,
     shares="anomaly/clipn",
-    tried=ON_TUNE,
+    tried=(
+        f"{ON_TUNE}. One look at the test split: holds. In the means there, atd has AUROC .845 and FPR95 .58, ctw .857 "
+        "and .55, MSP .731 and .83, but max-logit .913 and .37 (claim clipn-over-logits). Shuffled captions give .762, "
+        "since semantic opposites alone make the rule read cosines. The decision without a threshold is cautious: atd "
+        "rejects 8 % of the unknown pictures and .1 % of the known"
+    ),
 )
 
 OVER_LOGITS = Claim(
@@ -75,7 +80,8 @@ OVER_LOGITS = Claim(
     budget=180,
     shares="anomaly/clipn",
     tried=(
-        f"{ON_TUNE}: never above max-logit, whose cosines are calibrated here, because the toy CLIPs were trained on "
-        "these very classes"
+        f"{ON_TUNE}: never above max-logit, so it was not expected to hold. One look at the test split: .845 against "
+        ".913, lower on every base. The toy CLIPs were trained on these very classes, unknown ones too, which may be why "
+        "their cosines say so much; nothing follows for a CLIP of the web"
     ),
 )
