@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from clipgraft.config.schema import TrainConfig
 from clipgraft.errors import InputError
-from clipgraft.losses.base import gathered_unit
 from clipgraft.testing.ranks import run_ranks
 from clipgraft.testing.tiny import tiny_clip
 from clipgraft.types import Batch
@@ -163,25 +162,27 @@ def test_n06_training_draws_one_of_17_offsets_per_caption_and_evaluation_takes_t
     assert counts.min() >= 8 and counts.max() <= 48  # 400 / 17 = 23.5 each, sd 4.7
 
 
-def _two_ranks(images, texts, noes):
+def losses_of(images, texts, noes):
+    """The stage's three losses of these features on this process, and the gradient of its loss."""
+    stage = stage_of(no=WRITTEN)
+    leaf = noes.clone().requires_grad_()
+    out = stage.loss_from((images, texts, leaf), batch_for(stage, slice(len(images))))
+    out.loss.backward()
+    return [v.item() for v in (out.loss, *out.terms.values())], leaf.grad.tolist()
+
+
+def _two_ranks(*features):
     from torch import distributed as dist
 
-    rows = slice(dist.get_rank() * 3, dist.get_rank() * 3 + 3)
-    no = noes[rows].clone().requires_grad_()
-    found = opposite(*(gathered_unit(x) for x in (images[rows], texts[rows], no)), scale=30.0)
-    loss = found.match + found.mismatch + found.semantic
-    loss.backward()
-    return [v.item() for v in (found.match, found.mismatch, found.semantic)], no.grad.tolist()
+    return losses_of(*(x[dist.get_rank() * 3 : dist.get_rank() * 3 + 3] for x in features))
 
 
 def test_n07_two_processes_have_the_losses_and_the_gradient_of_one():
-    images, texts, noes = (torch.randn(6, 8, generator=torch.Generator().manual_seed(k)) for k in range(3))
-    leaf = noes.clone().requires_grad_()
-    one = opposite(*(F.normalize(x, dim=-1) for x in (images, texts, leaf)), scale=30.0)
-    (one.match + one.mismatch + one.semantic).backward()
-    (first, low), (second, high) = run_ranks(_two_ranks, 2, images, texts, noes)
-    assert first == second == pytest.approx([one.match.item(), one.mismatch.item(), one.semantic.item()], abs=1e-5)
-    assert torch.allclose(torch.tensor(low + high) / 2, leaf.grad, atol=1e-6)  # parameters' gradients are averaged
+    features = [torch.randn(6, 8, generator=torch.Generator().manual_seed(k)) for k in range(3)]
+    one, gradient = losses_of(*features)
+    (first, low), (second, high) = run_ranks(_two_ranks, 2, *features)
+    assert first == second == pytest.approx(one, abs=1e-5)
+    assert torch.allclose(torch.tensor(low + high) / 2, torch.tensor(gradient), atol=1e-6)  # DDP averages parameters'
 
 
 def test_n08_the_order_of_pairs_does_not_matter_and_their_pairing_does():

@@ -81,7 +81,7 @@ OVER_LOGITS = Claim(
     shares="anomaly/clipn",
     tried=(
         f"{ON_TUNE}: never above max-logit, so it was not expected to hold. One look at the test split: .845 against "
-        ".913, lower on every base. The toy CLIPs were trained on these very classes, unknown ones too, which may be why "
-        "their cosines say so much; nothing follows for a CLIP of the web"
+        ".913, lower on every base. The toy CLIPs were trained on these very classes, unknown ones too, which may be "
+        "why their cosines say so much; nothing follows for a CLIP of the web"
     ),
 )
