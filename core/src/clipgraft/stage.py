@@ -30,7 +30,8 @@ class StageResult:
 class Stage(Protocol):
     """Anything with a name that runs."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def run(self, run: Run) -> StageResult:
         """Do the work and return what it leaves."""

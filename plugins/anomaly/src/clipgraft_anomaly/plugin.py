@@ -12,9 +12,7 @@ ANOMALYCLIP = (
 GENCLIP = "Reconstruction of GenCLIP, arXiv 2504.14919; no official code or constants were available"
 CLIPN = "Wang et al., CLIPN for Zero-Shot OOD Detection: Teaching CLIP to Say No, ICCV 2023, arXiv 2308.12213"
 
-WINCLIP = (
-    "Jeong et al., WinCLIP: Zero-/Few-Shot Anomaly Classification and Segmentation, CVPR 2023, arXiv 2303.14814"
-)
+WINCLIP = "Jeong et al., WinCLIP: Zero-/Few-Shot Anomaly Classification and Segmentation, CVPR 2023, arXiv 2303.14814"
 
 
 @hookimpl
@@ -128,7 +126,7 @@ def clipgraft_evaluators() -> list[Component]:
             target=f"{_PACKAGE}.evaluator:Inspection",
             config=f"{_PACKAGE}.evaluator:Inspection",
             summary="Image AUROC, pixel AUROC and AUPRO of the detector at hand: a run's own, or one without training",
-        )
+        ),
     ]
 
 
