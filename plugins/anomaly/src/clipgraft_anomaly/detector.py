@@ -67,8 +67,8 @@ class Fits(Config):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine and mine != theirs:
                 return (
-                    f"these prompts were trained for {self.architecture or 'another model'} ({name} {mine}), the model "
-                    f"has {name} {theirs}; give the model they were trained for"
+                    f"this detector was made for {self.architecture or 'another model'} ({name} {mine}), the model has "
+                    f"{name} {theirs}; give the model it was made for"
                 )
         return ""
 
@@ -137,7 +137,8 @@ def open_detector(
         encoder = load(str(folder) if (folder / MANIFEST).is_file() else reference, registry=registry)
         head = registry.build("head", method, settings or {})
     if not isinstance(head, DetectorHead):
-        raise InputError(f"{method} is no detector; methods without training are winclip and prompts")
+        held = f"{reference} holds a {type(head).__name__}" if method is None else method
+        raise InputError(f"{held}, which is no detector; methods without training are winclip and prompts")
     if problem := head.fits.problem(encoder):
         raise InputError(problem)
     encoder.requires_grad_(False).eval()
