@@ -82,3 +82,14 @@ def test_official_timestep_is_formed_in_bf16(t, seen):
     assert 1000 * network_time(exact, compat="official").item() == pytest.approx(seen, abs=1e-3)
     assert 1000 * network_time(exact, compat="fixed").item() == pytest.approx(1000 * t, rel=1e-6)
     assert not math.isclose(seen, 1000 * t, abs_tol=0.05)
+
+
+def test_the_noisy_latent_is_that_of_diffusers_flow_matching_scheduler():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    sigma = scheduler.sigmas[[0, 250, 999]]
+    g = torch.Generator().manual_seed(0)
+    clean, noise = torch.randn(3, 4, 8, generator=g), torch.randn(3, 4, 8, generator=g)
+    theirs = scheduler.scale_noise(clean, scheduler.timesteps[[0, 250, 999]], noise)
+    torch.testing.assert_close(mix(clean, noise, sigma), theirs)
