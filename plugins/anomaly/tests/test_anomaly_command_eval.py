@@ -166,7 +166,7 @@ def test_the_evaluator_finds_its_detector(tmp_path, export, registry):
     assert pixel_auroc(open_export(export)) == pytest.approx(trained)
     with pytest.raises(InputError, match="holds no detector"):
         Inspection(from_=str(tmp_path / "data")).detector(encoder, registry=registry)
-    with pytest.raises(InputError, match="trained for"):
+    with pytest.raises(InputError, match="was made for"):
         Inspection(from_=str(export)).detector(tiny_clip(depth=2, context=32), registry=registry)
     with pytest.raises(ValueError, match="two detectors"):
         Inspection(method="anomaly/prompts", from_="x")

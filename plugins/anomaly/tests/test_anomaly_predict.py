@@ -285,7 +285,7 @@ def test_a_table_for_people(tmp_path):
         (["{export}", "--images", "{images}", "--tile", "4", "--overlap", "4"], "--overlap"),
         (["{export}", "--images", "{images}", "--set", "a=1"], "--method"),
         (["{export}", "--images", "{images}", "--method", "nonsense"], "nonsense"),
-        (["{other}", "--images", "{images}"], "trained for"),
+        (["{other}", "--images", "{images}"], "was made for"),
     ],
 )
 def test_mistakes_are_told_in_a_line(tmp_path, words, said):

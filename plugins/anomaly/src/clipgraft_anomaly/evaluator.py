@@ -14,7 +14,7 @@ from clipgraft.errors import InputError
 from clipgraft.evaluation.base import Evaluation
 from clipgraft.evaluation.features import EncoderFeatures
 from clipgraft.registry import Registry, current
-from clipgraft_anomaly.current_head import current_head
+from clipgraft_anomaly.current_head import current_head, part_in
 from clipgraft_anomaly.detector import Detector, DetectorHead
 from clipgraft_anomaly.evaluate import evaluate_detector
 
@@ -89,14 +89,4 @@ class Inspection(Config):
 
 def trained_head(folder: Path, *, registry: Registry) -> DetectorHead | None:
     """The detector in a run or export; None when there is none."""
-    from clipgraft.checkpoint import MANIFEST, read_component, read_manifest
-
-    folder = folder / "export" if (folder / "export" / MANIFEST).is_file() else folder
-    if not (folder / MANIFEST).is_file():
-        return None
-    records = [c for c in read_manifest(folder)["components"] if c["use"].startswith("anomaly/")]
-    if not records:
-        return None
-    head = registry.build("head", records[-1]["use"], records[-1]["config"])
-    head.load_state_dict(read_component(folder, records[-1]["name"]))
-    return head if isinstance(head, DetectorHead) else None
+    return part_in(folder, DetectorHead, registry=registry)  # type: ignore[type-abstract]

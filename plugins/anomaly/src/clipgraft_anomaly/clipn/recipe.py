@@ -11,9 +11,9 @@ from clipgraft.recipe import StagePlan
 from clipgraft.runner import Run
 from clipgraft_anomaly.clipn.branch import NoBranch, why_no_branch
 from clipgraft_anomaly.clipn.config import ClipnRunConfig
-from clipgraft_anomaly.clipn.current_branch import switch_on
 from clipgraft_anomaly.clipn.negation import Filled
 from clipgraft_anomaly.clipn.stage import NoStage
+from clipgraft_anomaly.current_head import switch_on
 
 LOOKED_AT = 20
 """Samples that are tried until one can be read."""
