@@ -18,6 +18,7 @@ from clipgraft_anomaly.detector import detect, open_detector
 from clipgraft_anomaly.inspection import open_inspection
 from clipgraft_anomaly.winclip_references import draw, normal_pictures, too_few, training_part
 
+pytest.importorskip("clipgraft_toyworld")
 torch.set_num_threads(1)
 TOY = "toyworld/defects?split=train&n=64&shapes=[moon, heart]"
 OTHERS = "toyworld/defects?split=tune&n=32&shapes=[moon, heart]"
