@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -22,8 +22,14 @@ from clipgraft.data.base import BadSample, Sample, Source
 from clipgraft.data.transforms import evaluation_transform
 from clipgraft.encoders.base import Preprocess
 from clipgraft.errors import InputError
+from clipgraft.files import tensors_digest
 from clipgraft.log import RunLog
 from clipgraft_anomaly.inspection import mask_of, resized_mask
+
+if TYPE_CHECKING:
+    from clipgraft.runner import Run
+    from clipgraft_anomaly.anomalyclip.config import CacheConfig
+    from clipgraft_anomaly.reading import Reader
 
 Keep = Literal["auto", "memory", "disk", "none"]
 MEMORY = 2 * 2**30
@@ -175,6 +181,41 @@ class Places:
 
     def __getitem__(self, index: int) -> Sample:
         return Sample(id=str(self.store.rows[index]), image=self._blank, extra={"place": torch.tensor(index)})
+
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+def kept_features(
+    run: Run, source: Source, reader: Reader, produce: Produce, cache: CacheConfig, *, stage: str, **key: object
+) -> FeatureStore:
+    """The filled store of what ``produce`` makes of ``source`` at the reader's size, for a stage of a run.
+
+    ``key`` is what features depend on beside the tower, the data and how the tower is read.
+    """
+    encoder, read = reader.encoder, reader.read
+    store = FeatureStore(
+        source,
+        produce,
+        replace(encoder.preprocess, size=(reader.size, reader.size), resize_mode="squash"),
+        run.path / "features",
+        store_key(
+            tower=tensors_digest(encoder.image.state_dict()),
+            architecture=encoder.data.origin.architecture,
+            data=source.fingerprint,
+            read=read.model_dump_json(include={"size", "layers", "vv_start", "ln_post_global", "resampling"}),
+            dtype=cache.dtype,
+            **key,
+        ),
+        keep=cache.keep,
+        dtype=DTYPES[cache.dtype],
+        batch_size=cache.batch_size,
+        device=run.device,
+    )
+    store.fill(run.log)
+    if store.bad:
+        run.log.info(f"{stage}: {len(store.bad)} pictures can't be read: {'; '.join(store.bad[:3])}")
+    return store
 
 
 def store_key(**parts: object) -> str:

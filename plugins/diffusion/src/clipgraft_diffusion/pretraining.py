@@ -16,6 +16,7 @@ from clipgraft.errors import InputError
 from clipgraft.runner import Run
 from clipgraft.types import Batch, ImageFeatures
 from clipgraft_diffusion.decoder import TOKENS, Decoder, DecoderConfig, DecoderStage, Teller, decoder_grid
+from clipgraft_diffusion.eps import NoiseSchedule
 from clipgraft_diffusion.remember import Remembered
 from clipgraft_diffusion.source import Part, held_out_split
 
@@ -69,6 +70,29 @@ def _require_captions(source: Source) -> None:
             f"{source.name}: {sample.id} has no caption, which the decoder must be told; set decoder.data to captioned "
             "images, such as csv:FILE with a caption column"
         )
+
+
+def level_problems(
+    config: DecoderConfig, schedule: NoiseSchedule, *, low: int, high: int | None, setting: str, whose: str
+) -> list[str]:
+    """Why steps ``low`` to ``high`` (one behind the last; None: all) can't be drawn: levels the decoder never meets.
+
+    ``setting`` is the config block of the steps, ``whose`` what the recipe calls the decoder.
+    """
+    drawn = schedule.alphas[[low, (high or len(schedule)) - 1]].sqrt()
+    first, last = ((1 - drawn.square()).sqrt() / (drawn + (1 - drawn.square()).sqrt())).tolist()
+    if first >= config.low - 0.01 and last <= config.high + 0.01:
+        return []
+    return [
+        f"{setting} draws levels {first:.2f} to {last:.2f} of the {whose}'s flow, which learns {config.low:g} to "
+        f"{config.high:g}; set decoder.low and decoder.high, or {setting}.low and {setting}.high"
+    ]
+
+
+def caption_decoder_stage(run: Run, config: DecoderConfig, *, base: Encoder) -> DecoderStage:
+    """A decoder that is told captions by the base's own text tower: a text-to-image model in miniature."""
+    width = base.image.embed_dim
+    return decoder_stage(run, config, base=base, teller=CaptionTeller(base), told=width, unit=True, captions=True)
 
 
 def decoder_stage(

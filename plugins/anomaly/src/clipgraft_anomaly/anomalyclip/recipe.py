@@ -5,12 +5,7 @@ ICLR 2024, arXiv 2310.18961): one stage, ``prompts``.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import torch
-
 from clipgraft.errors import ClipgraftError
-from clipgraft.files import tensors_digest
 from clipgraft.recipe import StagePlan
 from clipgraft.runner import Run
 from clipgraft_anomaly.anomalyclip.config import AnomalyClipRunConfig
@@ -18,12 +13,10 @@ from clipgraft_anomaly.anomalyclip.prompts import AnomalyClip
 from clipgraft_anomaly.anomalyclip.stage import PromptStage, produce
 from clipgraft_anomaly.current_head import switch_on
 from clipgraft_anomaly.detector import Fits
-from clipgraft_anomaly.feature_store import FeatureStore, store_key
+from clipgraft_anomaly.feature_store import kept_features
 from clipgraft_anomaly.inspection import check_labels
 from clipgraft_anomaly.reading import Reader
 from clipgraft_anomaly.same_data import DataRecord
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 class AnomalyClipRecipe:
@@ -55,26 +48,8 @@ class AnomalyClipRecipe:
         c, encoder = self.config, run.encoder.requires_grad_(False).eval()
         read, prompt, source = c.read.resolved(encoder), c.prompt.resolved(encoder), run.train_source()
         reader = Reader(encoder, read)
-        store = FeatureStore(
-            source,
-            produce(reader),
-            replace(encoder.preprocess, size=(reader.size, reader.size), resize_mode="squash"),
-            run.path / "features",
-            store_key(
-                tower=tensors_digest(encoder.image.state_dict()),
-                architecture=encoder.data.origin.architecture,
-                data=source.fingerprint,
-                read=read.model_dump_json(include={"size", "layers", "vv_start", "ln_post_global", "resampling"}),
-                dtype=c.cache.dtype,
-            ),
-            keep=c.cache.keep,
-            dtype=DTYPES[c.cache.dtype],
-            batch_size=c.cache.batch_size,
-            device=run.device,
-        )
-        store.fill(run.log)
-        if store.bad:
-            run.log.info(f"prompts: {len(store.bad)} pictures can't be read: {'; '.join(store.bad[:3])}")
+        features = produce(reader)
+        store = kept_features(run, source, reader, features, c.cache, stage="prompts")
         trained = DataRecord.of(c.data.from_, source, log=run.log)
         head = AnomalyClip(prompt=prompt, read=read, fits=Fits.of(encoder), trained=trained).to(run.device)
         return PromptStage(

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import torch
-
 from clipgraft.data.base import Source
 from clipgraft.errors import ClipgraftError, InputError
 from clipgraft.evaluation.progress import LateBar
-from clipgraft.files import tensors_digest
 from clipgraft.log import RunLog
 from clipgraft.recipe import StagePlan
 from clipgraft.runner import Run
 from clipgraft_anomaly.current_head import switch_on
 from clipgraft_anomaly.detector import Fits
-from clipgraft_anomaly.feature_store import FeatureStore, store_key
+from clipgraft_anomaly.feature_store import kept_features
 from clipgraft_anomaly.genclip.config import GenClipRunConfig
 from clipgraft_anomaly.genclip.name_filter import NameFilter
 from clipgraft_anomaly.genclip.prompts import GenClip
@@ -25,8 +20,6 @@ from clipgraft_anomaly.inspection import check_labels, name_of, names_of
 from clipgraft_anomaly.layouts import PartFiles
 from clipgraft_anomaly.reading import Reader
 from clipgraft_anomaly.same_data import DataRecord
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 class GenClipRecipe:
@@ -80,28 +73,10 @@ class GenClipRecipe:
         c, encoder = self.config, run.encoder.requires_grad_(False).eval()
         read, prompt, source = c.read.resolved(encoder), c.prompt.resolved(encoder), run.train_source()
         reader = Reader(encoder, read)
-        store = FeatureStore(
-            source,
-            produce(LayeredReader(reader, pooling=prompt.pooling)),
-            replace(encoder.preprocess, size=(reader.size, reader.size), resize_mode="squash"),
-            run.path / "features",
-            store_key(
-                method="genclip",
-                pooling=prompt.pooling,
-                tower=tensors_digest(encoder.image.state_dict()),
-                architecture=encoder.data.origin.architecture,
-                data=source.fingerprint,
-                read=read.model_dump_json(include={"size", "layers", "vv_start", "ln_post_global", "resampling"}),
-                dtype=c.cache.dtype,
-            ),
-            keep=c.cache.keep,
-            dtype=DTYPES[c.cache.dtype],
-            batch_size=c.cache.batch_size,
-            device=run.device,
+        features = produce(LayeredReader(reader, pooling=prompt.pooling))
+        store = kept_features(
+            run, source, reader, features, c.cache, stage="branches", method="genclip", pooling=prompt.pooling
         )
-        store.fill(run.log)
-        if store.bad:
-            run.log.info(f"branches: {len(store.bad)} pictures can't be read: {'; '.join(store.bad[:3])}")
         check = NameFilter(encoder, c.filter, log=run.log.info)
         told = [check(name) for name in names_of_rows(source, store.rows, log=run.log)]
         trained = DataRecord.of(c.data.from_, source, log=run.log)

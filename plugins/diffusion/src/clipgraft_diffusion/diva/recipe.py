@@ -27,7 +27,7 @@ from clipgraft_diffusion.eps import EpsDenoiser, EpsObjective, NoiseSchedule
 from clipgraft_diffusion.generator import FlowGenerator, forget
 from clipgraft_diffusion.pictures import patch_side, picture_problems
 from clipgraft_diffusion.pretraining import STAGE as DECODER
-from clipgraft_diffusion.pretraining import CaptionTeller, decoder_problems, decoder_stage, trained_decoder
+from clipgraft_diffusion.pretraining import caption_decoder_stage, decoder_problems, level_problems, trained_decoder
 from clipgraft_diffusion.prompt import CrossCondition, fit_projection
 from clipgraft_diffusion.recap import local_projection
 from clipgraft_diffusion.recompute import blocks_of
@@ -61,7 +61,7 @@ class Diva:
             return problems
         problems += _said(lambda: self._told_tokens(run.encoder))
         if c.denoiser.kind == "train":
-            problems += decoder_problems(run, c.decoder, captions=True) + _said(self._levels_are_learnt)
+            problems += decoder_problems(run, c.decoder, captions=True) + self._level_problems()
             return problems + self._caption_problems(run)
         if c.denoiser.kind == "head":
             return problems + _said(lambda: self._generator(run, run.encoder)) + self._caption_problems(run)
@@ -102,31 +102,18 @@ class Diva:
             return ["condition.captions needs a model with a text tower; set it to null"]
         return _said(lambda: run.open_source(self.config.condition.captions or ""))
 
-    def _levels_are_learnt(self) -> None:
-        """Refuse steps at noise levels that the decoder never met."""
-        n, d, share = self.config.noise, self.config.decoder, self._schedule().alphas
-        drawn = share[[n.low, (n.high or n.steps) - 1]].sqrt()
-        first, last = ((1 - drawn.square()).sqrt() / (drawn + (1 - drawn.square()).sqrt())).tolist()
-        if first < d.low - 0.01 or last > d.high + 0.01:
-            raise InputError(
-                f"noise draws levels {first:.2f} to {last:.2f} of the generator's flow, which learns {d.low:g} to "
-                f"{d.high:g}; set decoder.low and decoder.high, or noise.low and noise.high"
-            )
+    def _level_problems(self) -> list[str]:
+        """Steps at noise levels that the decoder never meets."""
+        n = self.config.noise
+        return level_problems(
+            self.config.decoder, self._schedule(), low=n.low, high=n.high, setting="noise", whose="generator"
+        )
 
     # -- stages --------------------------------------------------------------------------------------------------
 
     def _decoder(self, run: Run) -> DecoderStage:
         """The generator's pretraining: a text-to-image model in miniature."""
-        base = self._base(run)
-        return decoder_stage(
-            run,
-            self.config.decoder,
-            base=base,
-            teller=CaptionTeller(base),
-            told=base.image.embed_dim,
-            unit=True,
-            captions=True,
-        )
+        return caption_decoder_stage(run, self.config.decoder, base=self._base(run))
 
     def _clip(self, run: Run) -> DivaStage:
         c = self.config

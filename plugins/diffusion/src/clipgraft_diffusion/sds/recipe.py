@@ -14,7 +14,7 @@ from clipgraft.data.base import BadSample, Source
 from clipgraft.data.transforms import evaluation_transform
 from clipgraft.encoders import apply_grafts
 from clipgraft.encoders.base import Encoder
-from clipgraft.errors import ClipgraftError, InputError
+from clipgraft.errors import ClipgraftError
 from clipgraft.recipe import StagePlan
 from clipgraft.runner import Run
 from clipgraft.types import Batch
@@ -22,7 +22,7 @@ from clipgraft_diffusion.decoder import DecoderStage
 from clipgraft_diffusion.eps import NoiseSchedule
 from clipgraft_diffusion.generator import FlowGenerator, forget
 from clipgraft_diffusion.pretraining import STAGE as DECODER
-from clipgraft_diffusion.pretraining import CaptionTeller, decoder_problems, decoder_stage, trained_decoder
+from clipgraft_diffusion.pretraining import caption_decoder_stage, decoder_problems, level_problems, trained_decoder
 from clipgraft_diffusion.sds.captions import KEY, TwiceRead, caption_problems
 from clipgraft_diffusion.sds.config import SdsClipConfig
 from clipgraft_diffusion.sds.loss import SdsLoss, sds_loss
@@ -66,7 +66,7 @@ class SdsClip:
         if not c.weight or problems:
             return problems
         if c.denoiser.kind == "train":
-            return problems + decoder_problems(run, c.decoder, captions=True) + _said(self._levels_are_learnt)
+            return problems + decoder_problems(run, c.decoder, captions=True) + self._level_problems()
         if c.denoiser.kind == "head":
             return problems + _said(lambda: self._teacher(run, run.encoder))
         noise = {"beta_schedule": c.sds.beta, "beta_start": c.sds.start, "beta_end": c.sds.end}
@@ -79,31 +79,18 @@ class SdsClip:
             log=run.log,
         )
 
-    def _levels_are_learnt(self) -> None:
-        """Refuse steps at noise levels that the decoder never met."""
-        s, d, share = self.config.sds, self.config.decoder, self._schedule().alphas
-        drawn = share[[s.low, (s.high or s.steps) - 1]].sqrt()
-        first, last = ((1 - drawn.square()).sqrt() / (drawn + (1 - drawn.square()).sqrt())).tolist()
-        if first < d.low - 0.01 or last > d.high + 0.01:
-            raise InputError(
-                f"sds draws levels {first:.2f} to {last:.2f} of the generator's flow, which learns {d.low:g} to "
-                f"{d.high:g}; set decoder.low and decoder.high, or sds.low and sds.high"
-            )
+    def _level_problems(self) -> list[str]:
+        """Steps at noise levels that the decoder never meets."""
+        n = self.config.sds
+        return level_problems(
+            self.config.decoder, self._schedule(), low=n.low, high=n.high, setting="sds", whose="generator"
+        )
 
     # -- stages --------------------------------------------------------------------------------------------------
 
     def _decoder(self, run: Run) -> DecoderStage:
         """The generator's pretraining: a text-to-image model in miniature."""
-        base = self._base(run)
-        return decoder_stage(
-            run,
-            self.config.decoder,
-            base=base,
-            teller=CaptionTeller(base),
-            told=base.image.embed_dim,
-            unit=True,
-            captions=True,
-        )
+        return caption_decoder_stage(run, self.config.decoder, base=self._base(run))
 
     def _mapper(self, run: Run) -> MapperStage:
         """The map alone, with CLIP as it was."""

@@ -26,7 +26,7 @@ from clipgraft_diffusion.generator import FlowGenerator, forget
 from clipgraft_diffusion.genhancer.parts import pixel_batches
 from clipgraft_diffusion.pictures import patch_side, picture_problems
 from clipgraft_diffusion.pretraining import STAGE as DECODER
-from clipgraft_diffusion.pretraining import decoder_problems, decoder_stage, trained_decoder
+from clipgraft_diffusion.pretraining import decoder_problems, decoder_stage, level_problems, trained_decoder
 from clipgraft_diffusion.recompute import blocks_of
 from clipgraft_diffusion.source import Part, held_out_split
 from clipgraft_diffusion.store import LatentStore, about, chunk
@@ -63,23 +63,19 @@ class Un2Clip:
         if not c.clip.weight:
             return problems
         if c.denoiser.kind == "train":
-            return problems + decoder_problems(run, c.decoder, captions=False) + _said(self._levels_are_learnt)
+            return problems + decoder_problems(run, c.decoder, captions=False) + self._level_problems()
         if c.denoiser.kind == "head":
             return problems + _said(lambda: self._flow(run, run.encoder))
         return problems + unclip_problems(
             c.denoiser.from_ or "", embed_dim=run.encoder.image.embed_dim, **self._parts(run)
         )
 
-    def _levels_are_learnt(self) -> None:
-        """Refuse steps at noise levels that the decoder never met."""
-        n, d, share = self.config.noise, self.config.decoder, self._schedule().alphas
-        drawn = share[[n.low, (n.high or n.steps) - 1]].sqrt()
-        first, last = ((1 - drawn.square()).sqrt() / (drawn + (1 - drawn.square()).sqrt())).tolist()
-        if first < d.low - 0.01 or last > d.high + 0.01:
-            raise InputError(
-                f"noise draws levels {first:.2f} to {last:.2f} of the decoder's flow, which learns {d.low:g} to "
-                f"{d.high:g}; set decoder.low and decoder.high, or noise.low and noise.high"
-            )
+    def _level_problems(self) -> list[str]:
+        """Steps at noise levels that the decoder never meets."""
+        n = self.config.noise
+        return level_problems(
+            self.config.decoder, self._schedule(), low=n.low, high=n.high, setting="noise", whose="decoder"
+        )
 
     # -- stages --------------------------------------------------------------------------------------------------
 
