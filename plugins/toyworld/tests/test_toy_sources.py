@@ -124,3 +124,27 @@ def test_real_photographs_open() -> None:
     modes = {photos[index].image.mode for index in range(len(photos))}
     assert {"RGB", "L"} <= modes
     assert photos[2].captions[0] and photos.classes[photos[2].label or 0]
+
+
+def test_only_keeps_pictures_as_they_are() -> None:
+    whole, part = Images(n=2 * BLOCK), Images(n=40, only=("white background", "close up", "black background"))
+    assert len(part) == 40 and part.fingerprint != Images(n=40).fingerprint
+    known = {whole[i].id: whole[i] for i in range(len(whole))}
+    kept = [i for i in known if known[i].attributes["background"] in (0, 2) and known[i].attributes["perspective"] == 1]
+    assert [part[i].id for i in range(40)] == kept[:40]
+    for index in range(40):
+        sample, twin = part[index], known[part[index].id]
+        assert torch.equal(sample.image, twin.image) and sample.captions == twin.captions
+    with pytest.raises(InputError, match="did you mean white background"):
+        Images(n=5, only=("white backgrund",))
+
+
+def test_a_label_is_any_attribute_and_value_names_are_unique() -> None:
+    classes, glyphs = Images(n=30), Images(n=30, label="glyph")
+    assert list(glyphs.classes) == ["saying x", "saying o", "saying t", "saying l"]
+    assert all(glyphs[i].label == classes[i].attributes["glyph"] and glyphs[i].id == classes[i].id for i in range(30))
+    assert glyphs.fingerprint != classes.fingerprint and len(Images(n=5, label="shape").classes) == 8
+    names = [value for values in classes.attributes.values() for value in values]
+    assert len(set(names)) == len(names)
+    with pytest.raises(InputError, match="unknown label"):
+        Images(n=5, label="glyf")

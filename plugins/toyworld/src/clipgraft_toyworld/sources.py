@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clipgraft.config.schema import Config
 from clipgraft.data.base import Pair, Sample
+from clipgraft.errors import unknown_name
 from clipgraft_toyworld.captions import (
     TEMPLATES,
     detailed_captions,
@@ -42,6 +43,8 @@ from clipgraft_toyworld.world import (
 )
 
 Captions = Literal["short", "long", "detailed", "reworded"]
+DETAIL_TEMPLATES = ("{}", "object {}", "a object {}", "a photo of a object {}")
+"""Prompts for the values of a detail, which stand behind the thing that they describe."""
 
 
 class WorldConfig(Config):
@@ -61,6 +64,8 @@ class ImagesConfig(WorldConfig):
     )
     per_image: int = Field(1, gt=0, description="captions per image")
     masks: bool = Field(False, description="add extra masks: instances (3, S, S) and semantics (S, S), uint8")
+    label: str = Field("class", description="what the classes are: class (colour and shape), or one attribute")
+    only: tuple[str, ...] = Field((), description="attribute values to keep, such as white background; empty keeps all")
 
 
 class MinimalPairsConfig(Config):
@@ -75,6 +80,26 @@ class MinimalPairsConfig(Config):
 def scene_attributes() -> dict[str, tuple[str, ...]]:
     """Value names of every attribute of a scene."""
     return {"shape": SHAPES, "color": COLORS, **{detail.name: detail.phrases for detail in DETAILS}}
+
+
+def kept_values(only: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Value names -> {attribute: the values of it that may occur}; attributes that no name belongs to are free."""
+    known = {value: (name, k) for name, values in scene_attributes().items() for k, value in enumerate(values)}
+    found: dict[str, tuple[int, ...]] = {}
+    for value in only:
+        if value not in known:
+            raise unknown_name("attribute value", value, known)
+        name, k = known[value]
+        found[name] = (*found.get(name, ()), k)
+    return found
+
+
+def _rows(scene: Scene, kept: Mapping[str, tuple[int, ...]]) -> Tensor:
+    """(n,) indices of the scenes whose attributes all have values that are kept."""
+    fine = torch.ones(len(scene), dtype=torch.bool)
+    for name, values in kept.items():
+        fine &= torch.isin(scene.value(name), torch.tensor(values))
+    return torch.nonzero(fine)[:, 0]
 
 
 def caption(scene: Scene, rng: random.Random, kind: Captions) -> list[str]:
@@ -95,7 +120,10 @@ def fingerprint(name: str, **settings: object) -> str:
 
 
 class Images:
-    """`toyworld/images`: pictures of scenes with captions, 64 classes, eleven attributes, optionally masks."""
+    """`toyworld/images`: pictures of scenes with captions, 64 classes, eleven attributes, optionally masks.
+
+    `only` leaves scenes out, it changes none: what is left has the ids, pixels and captions that it has without.
+    """
 
     def __init__(
         self,
@@ -107,35 +135,46 @@ class Images:
         captions: Captions = "short",
         per_image: int = 1,
         masks: bool = False,
+        label: str = "class",
+        only: Sequence[str] = (),
     ) -> None:
         self.name = "toyworld/images"
-        self.fingerprint = fingerprint(
-            self.name, split=split, n=n, size=size, seed=seed, captions=captions, per_image=per_image, masks=masks
-        )
-        self.classes: Sequence[str] = class_names()
-        self.templates: Sequence[str] = TEMPLATES
+        settings = {"split": split, "n": n, "size": size, "seed": seed, "captions": captions, "per_image": per_image}
+        chosen = {"label": label} if label != "class" else {}
+        chosen |= {"only": tuple(only)} if only else {}
+        self.fingerprint = fingerprint(self.name, **settings, masks=masks, **chosen)
         self.attributes: Mapping[str, Sequence[str]] = scene_attributes()
+        if label not in ("class", *self.attributes):
+            raise unknown_name("label", label, ["class", *self.attributes])
+        self.classes: Sequence[str] = class_names() if label == "class" else self.attributes[label]
+        self.templates: Sequence[str] = TEMPLATES if label in ("class", "shape", "color") else DETAIL_TEMPLATES
+        kept = kept_values(only)
         pixels, scenes, instances, semantics = [], [], [], []
         self._captions: list[tuple[str, ...]] = []
-        for block, start in enumerate(range(0, n, BLOCK)):
-            keep = slice(0, min(BLOCK, n - start))
+        self._ids: list[str] = []
+        block = 0
+        while len(self._ids) < n:
             rng = generator(split, stream="images", seed=seed, block=block)
             scene, jitter = sample_scene(BLOCK, rng), sample_jitter(BLOCK, rng)
-            picture = render(scene, jitter, size=size)
-            pixels.append(as_bytes(picture.image)[keep])
-            scenes.append(scene[keep])
+            rows = _rows(scene, kept)[: n - len(self._ids)]
             words = random.Random(f"{SPLITS.index(split)} {seed} {block}")
-            told = [caption(scene, words, captions) for _ in range(per_image)]
-            self._captions += list(zip(*told, strict=True))[keep]
+            told = list(zip(*[caption(scene, words, captions) for _ in range(per_image)], strict=True))
+            start, block = block * BLOCK, block + 1
+            if not len(rows):
+                continue
+            picture = render(scene, jitter, size=size)
+            pixels.append(as_bytes(picture.image)[rows])
+            scenes.append(scene[rows])
+            self._captions += [told[row] for row in rows.tolist()]
+            self._ids += [f"{split}-{seed}-{start + row}" for row in rows.tolist()]
             if masks:
-                instances.append((picture.instances > 0.5).to(torch.uint8)[keep])
-                semantics.append(picture.semantics.to(torch.uint8)[keep])
+                instances.append((picture.instances > 0.5).to(torch.uint8)[rows])
+                semantics.append(picture.semantics.to(torch.uint8)[rows])
         self.pixels = torch.cat(pixels)
         self.scene = join(scenes)
         self._instances = torch.cat(instances) if masks else None
         self._semantics = torch.cat(semantics) if masks else None
-        self._labels = self.scene.coarse().tolist()
-        self._prefix = f"{split}-{seed}-"
+        self._labels = (self.scene.coarse() if label == "class" else self.scene.value(label)).tolist()
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -146,7 +185,7 @@ class Images:
         if self._instances is not None and self._semantics is not None:
             extra = {"instances": self._instances[index], "semantics": self._semantics[index]}
         return Sample(
-            id=f"{self._prefix}{range(len(self))[index]}",
+            id=self._ids[index],
             image=self.pixels[index],
             captions=self._captions[index],
             label=self._labels[index],
