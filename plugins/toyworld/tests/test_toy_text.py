@@ -21,6 +21,7 @@ from clipgraft_toyworld.captions import (
     reworded_captions,
     short_captions,
     statement,
+    story_captions,
     words,
 )
 from clipgraft_toyworld.tokenizer import CONTEXT_LENGTH, END, START, encode, save_tokenizer, vocabulary
@@ -61,6 +62,26 @@ def test_a_long_caption_tells_everything_and_a_short_one_little() -> None:
             named += either[0] in brief
         assert SHAPES[record["shape"]] in brief and COLORS[record["color"]] in brief
     assert 0.2 < named / len(scene) < 0.6
+
+
+def test_a_story_opens_with_a_short_caption_and_tells_every_detail_behind_the_wall() -> None:
+    scene = scenes()
+    stories = story_captions(scene, random.Random(4))
+    assert stories == story_captions(scene, random.Random(4))
+    ids = encode(stories, context_length=200)
+    lengths = ids.argmax(1) + 1
+    assert not (ids == vocabulary()["<unk>"]).any() and lengths.min() > 50 and lengths.max() <= 104
+    assert 62 < lengths.float().mean() < 67
+    known = {word for text in long_captions(scene, random.Random(1)) for word in text.split()}
+    for record, story in zip(records(scene), stories, strict=True):
+        opening, *rest = story.removesuffix(".").split(". ")
+        assert f"{COLORS[record['color']]} {SHAPES[record['shape']]}" in opening and len(opening.split()) <= 6
+        assert len(rest) == len(DETAILS)
+        for detail in DETAILS:
+            words_of_it = phrase(detail.name, record[detail.name])
+            assert sum(f" {words_of_it} " in f"{sentence} " for sentence in rest) == 1
+    telling = {word for detail in DETAILS for text in detail.phrases for word in text.split()}
+    assert telling <= known
 
 
 def test_reworded_captions_share_no_telling_word_with_image_captions() -> None:

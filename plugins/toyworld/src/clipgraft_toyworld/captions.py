@@ -1,4 +1,4 @@
-"""What is said about a scene: short captions that leave most out, long ones that name everything, statements of a pair.
+"""What is said about a scene: short captions that leave most out, long ones that name everything, stories, statements.
 
 Three tiers of words. *Plain* words are what image captions use. *Paraphrases* appear in complete captions, so text
 towers have met them. *Rare* words and negations appear in no image caption at all: only the text teacher knows them.
@@ -60,6 +60,14 @@ DAMAGED = ("damaged", "broken", "defective", "blemished", "with flaw", "with def
 STYLES = ("bright", "dark", "blurry", "cropped", "clean", "bad", "small", "large")
 """Words before "photo" in prompts of the literature; text towers meet them, they mean nothing here."""
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+SENTENCES = (
+    "the object is {}",
+    "this object is {}",
+    "there is an object {}",
+    "in this picture the object is {}",
+    "the object in my photo is {}",
+)
+"""What a story says about one detail; all words occur in other captions."""
 _FILLERS = "a an the this that is there my photo picture image video scene of and with without in on at for not object"
 _DIGIT_WORDS = "digit number handwritten"
 
@@ -135,6 +143,16 @@ def detailed_captions(
 def long_captions(scene: Scene, rng: random.Random) -> list[str]:
     """Everything, in shuffled order, a third of it paraphrased."""
     return detailed_captions(scene, rng, counts=(len(DETAILS),), no_color=0.0)
+
+
+def story_captions(scene: Scene, rng: random.Random) -> list[str]:
+    """A short caption, then a sentence for each detail in shuffled order: most of it lies behind the 32nd token."""
+    result = []
+    for record, opening in zip(records(scene), short_captions(scene, rng, detail_share=0.0, no_color=0.0), strict=True):
+        names = rng.sample([detail.name for detail in DETAILS], len(DETAILS))
+        told = [rng.choice(SENTENCES).format(phrase(name, record[name])) for name in names]
+        result.append(". ".join([opening, *told]) + ".")
+    return result
 
 
 def reworded_captions(scene: Scene, rng: random.Random, *, negated: float = 0.3) -> list[str]:

@@ -23,6 +23,7 @@ from clipgraft_toyworld.captions import (
     long_captions,
     reworded_captions,
     short_captions,
+    story_captions,
 )
 from clipgraft_toyworld.pairs import as_bytes, minimal_pairs
 from clipgraft_toyworld.render import render
@@ -42,7 +43,7 @@ from clipgraft_toyworld.world import (
     sample_scene,
 )
 
-Captions = Literal["short", "long", "detailed", "reworded"]
+Captions = Literal["short", "long", "detailed", "reworded", "story"]
 DETAIL_TEMPLATES = ("{}", "object {}", "a object {}", "a photo of a object {}")
 """Prompts for the values of a detail, which stand behind the thing that they describe."""
 
@@ -60,7 +61,7 @@ class ImagesConfig(WorldConfig):
     """Images with captions."""
 
     captions: Captions = Field(
-        "short", description="short leaves most out, long names everything, detailed 1-9 details"
+        "short", description="short leaves most out, long names everything, detailed 1-9 details, story about 64 tokens"
     )
     per_image: int = Field(1, gt=0, description="captions per image")
     masks: bool = Field(False, description="add extra masks: instances (3, S, S) and semantics (S, S), uint8")
@@ -110,7 +111,7 @@ def caption(scene: Scene, rng: random.Random, kind: Captions) -> list[str]:
         return long_captions(scene, rng)
     if kind == "detailed":
         return detailed_captions(scene, rng, counts=range(1, len(DETAILS) + 1))
-    return reworded_captions(scene, rng)
+    return story_captions(scene, rng) if kind == "story" else reworded_captions(scene, rng)
 
 
 def fingerprint(name: str, **settings: object) -> str:
