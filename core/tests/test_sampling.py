@@ -307,3 +307,16 @@ def test_hard_batches_and_neighbours_go_together() -> None:
     for wrong in ({"batches": "hard"}, {"neighbours": "e.safetensors"}):
         with pytest.raises(InputError, match="go together"):
             validate(DataConfig, {**base, **wrong})
+
+
+def test_parts_stay_together_in_runs_and_are_drawn_anew_each_epoch():
+    parts = ((torch.arange(10), 8), (torch.arange(10, 22), 12), (torch.arange(22, 25), 4))
+    drawn = Plan(24, parts, together=4)
+    first, again, other = (epoch_order(drawn, seed=1, epoch=e) for e in (0, 0, 1))
+    assert first.equal(again) and not first.equal(other)
+    for order in (first, other):
+        runs = [{(i >= 10) + (i >= 22) for i in run} for run in order.view(-1, 4).tolist()]
+        assert sorted(r.pop() for r in runs) == [0, 0, 1, 1, 1, 2] and all(not r for r in runs)
+        assert sorted(order[(order >= 10) & (order < 22)].tolist()) == list(range(10, 22))
+    assert not first[first >= 10].equal(first[first >= 10].sort().values)
+    assert epoch_order(Plan(24, parts), seed=1, epoch=0).sort().values.equal(first.sort().values)

@@ -89,7 +89,10 @@ class Listed(Protocol):
 
 @runtime_checkable
 class Drawn(Protocol):
-    """A source of which an epoch holds a planned amount per part: ``quotas`` = (indices, how many draws of them)."""
+    """A source of which an epoch holds a planned amount per part: ``quotas`` = (indices, how many draws of them).
+
+    With an attribute ``together``, which divides every amount, that many consecutive samples come from one part.
+    """
 
     @property
     def quotas(self) -> Sequence[tuple[Sequence[int], int]]: ...

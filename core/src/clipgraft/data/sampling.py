@@ -28,12 +28,14 @@ class Plan:
     """What an epoch is drawn from.
 
     ``parts``: disjoint index tensors with how often an epoch draws from each; a count None stands for an equal share of
-    ``size``. ``neighbours`` (n, k) int32, nearest first, -1 for none: the epoch is a walk over neighbourhoods of
-    ``cluster`` samples. Without either an epoch is every sample once.
+    ``size``. With ``together`` k (which divides the counts) every run of k samples comes from one part. ``neighbours``
+    (n, k) int32, nearest first, -1 for none: the epoch is a walk over neighbourhoods of ``cluster`` samples. Without
+    either an epoch is every sample once.
     """
 
     size: int
     parts: tuple[tuple[Tensor, int | None], ...] = ()
+    together: int = 0
     neighbours: Tensor | None = None
     cluster: int = 0
 
@@ -56,7 +58,7 @@ def plan(
         raise InputError(f"{source.name}: {' and '.join(asked)} each decide what an epoch shows; choose one of them")
     if quotas:
         parts = tuple((torch.as_tensor(list(indices)), count) for indices, count in quotas)
-        return Plan(sum(count for _, count in quotas), parts)
+        return Plan(sum(count for _, count in quotas), parts, together=getattr(source, "together", 0))
     if balance != "none":
         return Plan(len(source), tuple((indices, None) for indices in _groups(source, balance)))
     if neighbours is not None:
@@ -82,9 +84,10 @@ def epoch_order(plan: Plan, *, seed: int, epoch: int) -> Tensor:
     for k, (indices, count) in enumerate(plan.parts):
         count = base + (k in extra) if count is None else count
         rounds, rest = divmod(count, len(indices))
-        drawn += [*[indices] * rounds, indices[torch.randperm(len(indices), generator=rng)[:rest]]]
-    order = torch.cat(drawn)
-    return order[torch.randperm(len(order), generator=rng)]
+        part = torch.cat([*[indices] * rounds, indices[torch.randperm(len(indices), generator=rng)[:rest]]])
+        drawn.append(part[torch.randperm(len(part), generator=rng)] if plan.together else part)
+    order = torch.cat(drawn).view(-1, plan.together or 1)
+    return order[torch.randperm(len(order), generator=rng)].flatten()
 
 
 def nearest(embeddings: Tensor, *, k: int, block: int = 1024, log: RunLog | None = None) -> Tensor:
