@@ -1,0 +1,1 @@
+"""Teaching CLIP to count: captions against the same captions with another number."""

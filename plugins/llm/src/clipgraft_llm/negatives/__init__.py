@@ -1,0 +1,1 @@
+"""Captions that are wrong in one word or in its place, and the loss that learns from them (NegCLIP)."""

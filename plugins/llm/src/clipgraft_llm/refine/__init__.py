@@ -1,0 +1,1 @@
+"""CLIP-Refine: shared random references and hybrid self-distillation after pre-training."""

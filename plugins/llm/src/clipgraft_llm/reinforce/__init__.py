@@ -1,0 +1,1 @@
+"""Reinforced training after MobileCLIP: teachers' embeddings of replayable crops, stored once."""
