@@ -2,12 +2,57 @@
 
 from __future__ import annotations
 
-from clipgraft.spec import CommandSpec, hookimpl
+from clipgraft.spec import CommandSpec, Component, hookimpl
 
 _PACKAGE = "clipgraft_merging"
+SAM_CLIP = (
+    "Wang et al., SAM-CLIP: Merging Vision Foundation Models towards Semantic and Spatial Understanding, CVPRW 2024, "
+    "arXiv 2310.15308"
+)
+
+
+@hookimpl
+def clipgraft_grafts() -> list[Component]:
+    """Structural changes of a CLIP."""
+    return [
+        Component(
+            name="sam-image",
+            target=f"{_PACKAGE}.samclip.image:SamImageGraft",
+            config=f"{_PACKAGE}.samclip.image:SamImageGraft",
+            summary="The image tower becomes a SAM with a CLIP head; sam-clip fills and trains it",
+            needs=("transformers>=4.56",),
+            paper=SAM_CLIP,
+        ),
+        Component(
+            name="sam-resolution",
+            target=f"{_PACKAGE}.samclip.image:SamResolution",
+            config=f"{_PACKAGE}.samclip.image:SamResolution",
+            summary="Another image size for a CLIP on SAM's tower",
+        ),
+    ]
+
+
+@hookimpl
+def clipgraft_heads() -> list[Component]:
+    """Parts that work beside a CLIP."""
+    return [
+        Component(
+            name="sam-masks",
+            target=f"{_PACKAGE}.sam.segmenter:sam_masks",
+            config=f"{_PACKAGE}.sam.segmenter:SamMasksConfig",
+            summary="Masks from points, boxes and masks: a SAM, or the promptable half of a run of sam-clip",
+            needs=("transformers>=4.56",),
+        ),
+    ]
 
 
 @hookimpl
 def clipgraft_commands() -> list[CommandSpec]:
     """`clipgraft merging`."""
-    return [CommandSpec(name="merging", target=f"{_PACKAGE}.commands:app", help="Merge CLIPs, and graft other models' abilities onto one.")]
+    return [
+        CommandSpec(
+            name="merging",
+            target=f"{_PACKAGE}.commands:app",
+            help="Merge CLIPs, and graft other models' abilities onto one.",
+        )
+    ]
