@@ -2,12 +2,175 @@
 
 from __future__ import annotations
 
-from clipgraft.spec import CommandSpec, hookimpl
+from clipgraft.spec import CommandSpec, Component, hookimpl
 
 _PACKAGE = "clipgraft_llm"
+LONGCLIP = "Zhang et al., Long-CLIP: Unlocking the Long-Text Capability of CLIP, ECCV 2024, arXiv 2403.15378"
+LACLIP = "Fan et al., Improving CLIP Training with Language Rewrites, NeurIPS 2023, arXiv 2305.20088"
+LLM2CLIP = "Huang et al., LLM2CLIP, arXiv 2411.04997"
+NEGCLIP = (
+    "Yuksekgonul et al., When and Why Vision-Language Models Behave like Bags-Of-Words, ICLR 2023, arXiv 2210.01936"
+)
+COUNT = "Paiss et al., Teaching CLIP to Count to Ten, ICCV 2023, arXiv 2302.12066"
+REFINE = (
+    "Yamaguchi et al., Post-pre-training for Modality Alignment in Vision-Language Foundation Models, CVPR 2025, "
+    "arXiv 2504.12717"
+)
+TINYCLIP = (
+    "Wu et al., TinyCLIP: CLIP Distillation via Affinity Mimicking and Weight Inheritance, ICCV 2023, arXiv 2309.12314"
+)
+REINFORCED = (
+    "Vasu et al., MobileCLIP: Fast Image-Text Models through Multi-Modal Reinforced Training, CVPR 2024, "
+    "arXiv 2311.17049"
+)
+
+
+@hookimpl
+def clipgraft_datasets() -> list[Component]:
+    """Data with long captions, and captions from elsewhere."""
+    rows = (
+        (
+            "urban1k",
+            "long_retrieval.layouts:urban1k",
+            "long_retrieval.layouts:UrbanConfig",
+            "Urban1k: image/ and caption/",
+        ),
+        (
+            "docci",
+            "long_retrieval.layouts:docci",
+            "long_retrieval.layouts:DocciConfig",
+            "DOCCI's descriptions by split",
+        ),
+        (
+            "sharegpt4v",
+            "long_retrieval.layouts:sharegpt4v",
+            "long_retrieval.layouts:ShareConfig",
+            "ShareGPT4V's conversations: the first 1000 records are validation",
+        ),
+        (
+            "captions",
+            "captions.source:captions",
+            "captions.source:CaptionsConfig",
+            "Rewritten captions beside a source's own, each version with its share",
+        ),
+    )
+    return [
+        Component(
+            name=name,
+            target=f"{_PACKAGE}.{target}",
+            config=f"{_PACKAGE}.{config}",
+            summary=summary,
+            paper=LACLIP if name == "captions" else "",
+        )
+        for name, target, config, summary in rows
+    ]
+
+
+@hookimpl
+def clipgraft_evaluators() -> list[Component]:
+    """Evaluators, each its own config."""
+    rows = (
+        (
+            "long-retrieval",
+            "retrieval:LongRetrieval",
+            "Image-text recall, and how much of the captions was cut",
+            LONGCLIP,
+        ),
+        (
+            "caption-retrieval",
+            "caption_retrieval:CaptionRetrieval",
+            "The text tower alone: the other caption of the same image",
+            LLM2CLIP,
+        ),
+    )
+    return [
+        Component(name=name, target=target, config=target, summary=summary, paper=paper)
+        for name, attribute, summary, paper in rows
+        for target in [f"{_PACKAGE}.long_retrieval.{attribute}"]
+    ]
+
+
+@hookimpl
+def clipgraft_losses() -> list[Component]:
+    """Losses by name."""
+    rows = (
+        (
+            "affinity",
+            "tiny.affinity:Affinity",
+            "TinyCLIP: the student's image-text softmax against a teacher's",
+            TINYCLIP,
+        ),
+        ("hycd", "refine.objective:Hycd", "CLIP-Refine: self-distillation, half of it from right pairs", REFINE),
+    )
+    return [
+        Component(
+            name=name,
+            target=f"{_PACKAGE}.{target}Loss",
+            config=f"{_PACKAGE}.{target}Config",
+            summary=summary,
+            paper=paper,
+        )
+        for name, target, summary, paper in rows
+    ] + [
+        Component(
+            name="pcm",
+            target=f"{_PACKAGE}.longclip.components:Pcm",
+            config=f"{_PACKAGE}.longclip.config:PcmLossConfig",
+            summary="Long-CLIP: images reduced to their primary components against short captions",
+            paper=LONGCLIP,
+        )
+    ]
+
+
+@hookimpl
+def clipgraft_grafts() -> list[Component]:
+    """Structural changes."""
+    return [
+        Component(
+            name="stretch-positions",
+            target=f"{_PACKAGE}.longclip.graft:StretchPositions",
+            config=f"{_PACKAGE}.longclip.graft:StretchPositions",
+            summary="Longer texts: positions are stretched, the first ones kept and frozen; plain weights at export",
+            paper=LONGCLIP,
+        ),
+        Component(
+            name="inherit",
+            target=f"{_PACKAGE}.tiny.inheritance:Inherit",
+            config=f"{_PACKAGE}.tiny.inheritance:Inherit",
+            summary="A smaller CLIP that takes over layers, channels, heads and hidden units of the model",
+            paper=TINYCLIP,
+        ),
+    ]
+
+
+@hookimpl
+def clipgraft_recipes() -> list[Component]:
+    """Recipes."""
+    return [
+        Component(
+            name="long-clip",
+            target=f"{_PACKAGE}.longclip.recipe:LongClipRecipe",
+            config=f"{_PACKAGE}.longclip.config:LongClipConfig",
+            summary="Long and short captions together: a CLIP that reads on without forgetting the short ones",
+            paper=LONGCLIP,
+            presets=f"{_PACKAGE}.recipes",
+        ),
+        Component(
+            name="tinyclip",
+            target=f"{_PACKAGE}.tiny.recipe:TinyClip",
+            config=f"{_PACKAGE}.tiny.config:TinyClipConfig",
+            summary="A smaller CLIP from the weights of the model, taught by the model's image-text affinities",
+            paper=TINYCLIP,
+            presets=f"{_PACKAGE}.recipes",
+        ),
+    ]
 
 
 @hookimpl
 def clipgraft_commands() -> list[CommandSpec]:
     """`clipgraft llm`."""
-    return [CommandSpec(name="llm", target=f"{_PACKAGE}.commands:app", help="Other text towers, longer texts, sharper words.")]
+    return [
+        CommandSpec(
+            name="llm", target=f"{_PACKAGE}.commands:app", help="Other text towers, longer texts, sharper words."
+        )
+    ]

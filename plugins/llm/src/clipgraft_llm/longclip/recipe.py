@@ -1,0 +1,64 @@
+"""Long-CLIP's recipe: one stage, ``long`` (Zhang et al., Long-CLIP: Unlocking the Long-Text Capability of CLIP,
+
+ECCV 2024, arXiv 2403.15378). The text tower is lengthened by the graft ``llm/stretch-positions``.
+"""
+
+from __future__ import annotations
+
+from clipgraft.errors import ClipgraftError
+from clipgraft.recipe import StagePlan
+from clipgraft.runner import Run
+from clipgraft_llm.longclip.components import inactive
+from clipgraft_llm.longclip.config import LongClipConfig
+from clipgraft_llm.longclip.stage import LongClipStage
+from clipgraft_llm.longclip.two_captions import look, two_captions
+
+
+class LongClipRecipe:
+    """One stage, ``long``."""
+
+    def __init__(self, config: LongClipConfig) -> None:
+        self.config = config
+
+    def plan(self) -> list[StagePlan]:
+        """The stage."""
+        return [StagePlan("long", self._long)]
+
+    def check(self, run: Run) -> list[str]:
+        """A text tower, two captions per image, and components that reduce anything, seen before any work."""
+        c, encoder = self.config, run.encoder
+        if encoder.text is None:
+            return [f"model: {encoder.data.origin.uri} has no text tower; use a CLIP with one"]
+        problems = []
+        if c.pcm.weight:
+            size, group = c.train.batch_size, c.pcm.group or c.train.batch_size
+            if size % group:
+                problems.append(f"pcm.group: batches of {size} don't split into groups of {group}; set a divisor")
+            elif problem := inactive(images=group, width=encoder.image.embed_dim, count=c.pcm.components):
+                problems.append(
+                    f"pcm: {problem}, so images stay whole and short captions get no loss of their own (set "
+                    "train.batch_size, pcm.group or pcm.components; pcm.weight 0 leaves short captions out)"
+                )
+        try:
+            found = look(run.train_source(), tokenizer=encoder.tokenizer, short=c.captions.short)
+        except ClipgraftError as error:
+            return [*problems, str(error)]
+        if found.problem:
+            problems.append(f"data: {found.problem}")
+        run.log.info(f"context {encoder.tokenizer.context_length}: {found}")
+        return problems
+
+    def _long(self, run: Run) -> LongClipStage:
+        c, encoder = self.config, run.encoder
+        return LongClipStage(
+            "long",
+            train=c.train,
+            source=two_captions(run.train_source(), tokenizer=encoder.tokenizer, short=c.captions.short),
+            encoder=encoder,
+            pcm=c.pcm,
+            smoothing=c.label_smoothing,
+            scale=c.scale,
+            max_scale=c.max_scale,
+            decay_all=c.decay == "all",
+            augment=c.augment,
+        )
