@@ -10,11 +10,23 @@ SAM_CLIP = (
     "arXiv 2310.15308"
 )
 
+CLIP_MOE = (
+    "Zhang et al., CLIP-MoE: Towards Building Mixture of Experts for CLIP with Diversified Multiplet Upcycling, "
+    "EMNLP 2025, arXiv 2409.19291"
+)
+
 
 @hookimpl
 def clipgraft_grafts() -> list[Component]:
     """Structural changes of a CLIP."""
     return [
+        Component(
+            name="moe",
+            target=f"{_PACKAGE}.moe.graft:MoE",
+            config=f"{_PACKAGE}.moe.graft:MoE",
+            summary="Feed-forward networks become mixtures of experts that begin as copies",
+            paper=CLIP_MOE,
+        ),
         Component(
             name="sam-image",
             target=f"{_PACKAGE}.samclip.image:SamImageGraft",
@@ -42,6 +54,21 @@ def clipgraft_heads() -> list[Component]:
             config=f"{_PACKAGE}.sam.segmenter:SamMasksConfig",
             summary="Masks from points, boxes and masks: a SAM, or the promptable half of a run of sam-clip",
             needs=("transformers>=4.56",),
+        ),
+    ]
+
+
+@hookimpl
+def clipgraft_recipes() -> list[Component]:
+    """Recipes."""
+    return [
+        Component(
+            name="clip-moe",
+            target=f"{_PACKAGE}.moe.recipe:ClipMoe",
+            config=f"{_PACKAGE}.moe.config:ClipMoeConfig",
+            summary="Feed-forward networks trained inside clusters of the data become experts under trained gates",
+            paper=CLIP_MOE,
+            presets=f"{_PACKAGE}.recipes",
         ),
     ]
 
