@@ -166,6 +166,35 @@ def test_the_mask_teacher_outlines_objects() -> None:
     assert measure_mask_teacher(teacher, n=64)["iou"] > 0.8
 
 
+def test_the_sam_teacher_opens_in_transformers_and_follows_its_prompts() -> None:
+    import transformers
+
+    from clipgraft_toyworld.models import sam_teacher
+    from clipgraft_toyworld.sam_teacher import measure_sam_teacher
+
+    place = folder("sam-teacher")
+    stock = transformers.SamModel.from_pretrained(place, dtype=torch.float32)
+    teacher = sam_teacher()
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(stock.parameters(), teacher.parameters(), strict=True))
+    found = measure_sam_teacher(teacher, n=48)
+    assert found["iou_point"] > 0.75 and found["iou_box"] > 0.75
+    assert found["iou_box"] > found["iou_box_untrained"] + 0.4
+    # one picture, two prompts: each object gets its own mask
+    processor = transformers.SamImageProcessor.from_pretrained(place)
+    from clipgraft_toyworld.crowds import crowds
+    from clipgraft_toyworld.pairs import as_bytes
+    from clipgraft_toyworld.prompts import inner_point, intersection_over_union
+
+    picture = crowds("tune", n=1, size=64).picture
+    pixels = processor(as_bytes(picture.image)[0].permute(1, 2, 0).numpy(), return_tensors="pt")["pixel_values"]
+    truth = picture.instances[0, :2] > 0.5
+    out = stock(pixel_values=pixels, input_points=inner_point(truth)[None, :, None], multimask_output=False)
+    found_masks = torch.nn.functional.interpolate(out.pred_masks[0], size=(64, 64), mode="bilinear")[:, 0] > 0
+    overlaps = intersection_over_union(found_masks[:, None], truth[None])
+    assert overlaps.diagonal().min() > 0.6 and overlaps[0, 1] < 0.2 and overlaps[1, 0] < 0.2
+
+
 def test_an_unknown_model_is_refused_with_close_names() -> None:
     with pytest.raises(InputError, match="clip-0"):
         folder("clip0")

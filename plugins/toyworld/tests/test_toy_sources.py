@@ -9,7 +9,7 @@ from clipgraft.data.base import PairSource, Source
 from clipgraft.errors import InputError
 from clipgraft_toyworld.sources import Images, MinimalPairs
 from clipgraft_toyworld.task_sources import Crowds, Defects, Videos
-from clipgraft_toyworld.world import BLOCK, DETAILS, SPLITS
+from clipgraft_toyworld.world import BLOCK, DETAILS, SHAPES, SPLITS
 
 
 def build(split="train", n=12, seed=0):
@@ -65,6 +65,7 @@ def test_captions_and_masks_follow_the_settings() -> None:
     short, long = Images(n=40), Images(n=40, captions="long", per_image=2)
     assert len(long[0].captions) == 2 and long[0].captions[0] != long[0].captions[1]
     assert sum(len(short[i].captions[0]) for i in range(40)) < sum(len(long[i].captions[0]) for i in range(40)) / 2
+    assert Images(n=4, size=64, masks=True).segments == SHAPES and not Images(n=4).segments
     masked = Images(n=4, size=64, masks=True)[1]
     assert masked.extra["semantics"].shape == (64, 64) and masked.extra["instances"].shape == (3, 64, 64)
     covered = masked.extra["instances"].any(0)

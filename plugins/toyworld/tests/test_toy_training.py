@@ -137,3 +137,59 @@ def test_the_generator_learns_from_its_condition_only(pool) -> None:
         first = fresh.loss(clean, one, time, noise)
         guess = fresh(noise, time, one)
     assert torch.allclose(first, ((guess - clean) ** 2).mean((1, 2)), atol=1e-5)
+
+
+def test_prompts_lie_in_their_masks() -> None:
+    from clipgraft_toyworld.prompts import bounding_box, inner_point, intersection_over_union, random_point
+
+    mask = torch.zeros(2, 32, 32, dtype=torch.bool)
+    mask[0, 4:13, 6:15] = True
+    mask[1, 20:30, 3:5] = True
+    assert torch.equal(bounding_box(mask), torch.tensor([[6.0, 4, 14, 12], [3, 20, 4, 29]]))
+    assert torch.equal(inner_point(mask)[0], torch.tensor([10.0, 8.0]))
+    torch.manual_seed(0)
+    for point in (inner_point(mask), random_point(mask)):
+        x, y = point.long().unbind(1)
+        assert mask[torch.arange(2), y, x].all()
+    assert intersection_over_union(mask, mask).eq(1).all() and intersection_over_union(mask, mask.flip(0)).eq(0).all()
+    nothing = torch.zeros(1, 8, 8, dtype=torch.bool)
+    assert intersection_over_union(nothing, nothing).item() == 1.0
+
+
+def test_the_mask_loss_takes_the_best_candidate_and_is_small_when_that_is_right() -> None:
+    from clipgraft_toyworld.prompts import Masks
+    from clipgraft_toyworld.sam_teacher import SIZE, mask_loss
+
+    truth = torch.zeros(1, SIZE, SIZE, dtype=torch.bool)
+    truth[:, 16:48, 16:48] = True
+    right = torch.nn.functional.interpolate(truth[:, None].float() * 2 - 1, size=(32, 32), mode="area") * 20
+    sure = torch.tensor([[1.0, 0.0]])
+    both = Masks(torch.cat([right, -right], 1), sure)
+    alone = Masks(right, sure[:, :1])
+    assert torch.allclose(mask_loss(both, truth), mask_loss(alone, truth), atol=0.02)
+    assert mask_loss(alone, truth) < 0.05 < mask_loss(Masks(-right, sure[:, 1:]), truth)
+    # what is said about the overlap counts too
+    assert mask_loss(Masks(right, sure[:, 1:]), truth) > 0.8
+
+
+def test_a_sam_teacher_is_trained_saved_and_opened(tmp_path: Path) -> None:
+    from clipgraft_toyworld.sam_teacher import (
+        build_sam_teacher,
+        load_sam_teacher,
+        save_sam_teacher,
+        standardise,
+        train_sam_teacher,
+    )
+
+    first, again = (train_sam_teacher(seed=3, steps=2, batch=4, pool=256) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    fresh = build_sam_teacher(3)
+    moved = [n for n, p in first.named_parameters() if not torch.equal(p, fresh.get_parameter(n))]
+    assert any("vision_encoder" in n for n in moved) and any("mask_decoder" in n for n in moved)
+    assert not any("shared" in n for n in moved)  # frequencies of positions stay as drawn
+    save_sam_teacher(first, tmp_path)
+    opened = load_sam_teacher(tmp_path)
+    pixels = standardise(torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8))
+    with torch.no_grad():
+        one, two = (m.vision_encoder(pixels).last_hidden_state for m in (first, opened))
+    assert torch.allclose(one, two, atol=0.05)

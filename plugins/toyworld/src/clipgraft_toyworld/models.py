@@ -1,7 +1,7 @@
 """The models inside the wheel: where they are, what the manifest says of them, and how they open.
 
 Every folder opens without this package: the CLIPs in stock open_clip ("local-dir:"), the generators in diffusers, the
-text teacher in transformers.
+text teacher and the promptable SAM in transformers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,17 @@ if TYPE_CHECKING:
 
     from clipgraft.encoders.base import Encoder
 
-MODELS = ("clip-0", "clip-1", "clip-2", "teacher", "generator", "generator-own", "mask-teacher", "text-teacher")
+MODELS = (
+    "clip-0",
+    "clip-1",
+    "clip-2",
+    "teacher",
+    "generator",
+    "generator-own",
+    "mask-teacher",
+    "text-teacher",
+    "sam-teacher",
+)
 
 
 def models_folder() -> Path:
@@ -91,3 +101,10 @@ def text_teacher() -> nn.Module:
     from clipgraft_toyworld.text_teacher import load_text_teacher
 
     return load_text_teacher(folder("text-teacher"))
+
+
+def sam_teacher() -> nn.Module:
+    """`toyworld/sam-teacher`: a transformers `SamModel` of 64 pixels that outlines what a prompt points at."""
+    from clipgraft_toyworld.sam_teacher import load_sam_teacher
+
+    return load_sam_teacher(folder("sam-teacher"))

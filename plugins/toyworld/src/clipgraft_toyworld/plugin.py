@@ -59,6 +59,7 @@ def clipgraft_heads() -> list[Component]:
         ("generator", "generator", "Restores the teacher's patch tokens from a text embedding", ("diffusers>=0.36",)),
         ("generator-own", "generator_own", "The same over base 0's own patch tokens", ("diffusers>=0.36",)),
         ("mask-teacher", "mask_teacher", "Outlines objects of any kind", ()),
+        ("sam-teacher", "sam_teacher", "A tiny promptable SAM: outlines the object that a point or a box means", ()),
         ("text-teacher", "text_teacher", "A text model that knows words no image caption contains", ()),
     )
     return [

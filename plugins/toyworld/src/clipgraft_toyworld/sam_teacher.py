@@ -19,6 +19,14 @@ from torch.nn import functional as F
 
 from clipgraft_toyworld.crowds import crowds
 from clipgraft_toyworld.pairs import as_bytes
+from clipgraft_toyworld.prompts import (
+    Masks,
+    answer,
+    bounding_box,
+    inner_point,
+    intersection_over_union,
+    random_point,
+)
 from clipgraft_toyworld.render import render
 from clipgraft_toyworld.schedule import Optimizer
 from clipgraft_toyworld.world import BLOCK, Split, generator, sample_jitter, sample_scene
@@ -45,18 +53,6 @@ class Targets:
 
     def __len__(self) -> int:
         return len(self.mask)
-
-
-@dataclass(frozen=True)
-class Masks:
-    """Answers to B prompts: `logits` (B, M, 4g, 4g), `overlap` (B, M) as the model predicts it."""
-
-    logits: Tensor
-    overlap: Tensor
-
-    def full(self) -> Tensor:
-        """Logits at the picture's size (B, M, S, S)."""
-        return F.interpolate(self.logits, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
 
 
 def build_sam_teacher(seed: int) -> Any:
@@ -109,82 +105,9 @@ def targets(split: Split, *, n: int, seed: int = 0) -> Targets:
     return Targets(pixels=torch.cat(pixels)[row], mask=masks[row, slot])
 
 
-def random_point(mask: Tensor) -> Tensor:
-    """One pixel (B, 2) as (x, y) of each mask (B, S, S), uniformly; of an empty mask, any pixel."""
-    weight = mask.flatten(1).float()
-    weight = weight + (weight.sum(1, keepdim=True) == 0)
-    index = torch.multinomial(weight, 1)[:, 0]
-    side = mask.shape[-1]
-    return torch.stack([index % side, index // side], 1).float()
-
-
-def inner_point(mask: Tensor) -> Tensor:
-    """The pixel (B, 2) as (x, y) of each mask (B, S, S) that lies farthest from its border; no chance involved."""
-    inside, depth = mask[:, None].float(), torch.zeros(mask.shape)
-    while inside.any():
-        depth = depth + inside[:, 0]
-        inside = -F.max_pool2d(-F.pad(inside, (1, 1, 1, 1)), 3, stride=1)
-    smooth = F.avg_pool2d(mask[:, None].float(), 9, stride=1, padding=4, count_include_pad=True)[:, 0]
-    index = (depth + 0.5 * smooth).flatten(1).argmax(1)
-    side = mask.shape[-1]
-    return torch.stack([index % side, index // side], 1).float()
-
-
-def bounding_box(mask: Tensor) -> Tensor:
-    """(B, 4) as x0, y0, x1, y1 of each mask (B, S, S), last pixel included."""
-    places = torch.arange(mask.shape[-1], dtype=torch.float32)
-    columns, rows = mask.any(1), mask.any(2)
-
-    def ends(line: Tensor) -> tuple[Tensor, Tensor]:
-        first = torch.where(line, places, torch.inf).min(1).values
-        last = torch.where(line, places, -torch.inf).max(1).values
-        return first, last
-
-    (left, right), (top, bottom) = ends(columns), ends(rows)
-    return torch.stack([left, top, right, bottom], 1)
-
-
-def answer(
-    model: Any,
-    embedding: Tensor,
-    *,
-    points: Tensor | None = None,
-    labels: Tensor | None = None,
-    boxes: Tensor | None = None,
-    masks: Tensor | None = None,
-    several: bool = False,
-) -> Masks:
-    """Masks of one prompt per picture: `embedding` (B, C, g, g), `points` (B, P, 2), `labels` (B, P), `boxes` (B, 4),
-
-    `masks` (B, 1, 4g, 4g) logits. `several` asks for three candidates instead of one. Every prompt has a row of its
-    own, because the decoder adds the mask prompt before it repeats pictures over prompts.
-    """
-    sparse, dense = model.prompt_encoder(
-        input_points=None if points is None else points[:, None],
-        input_labels=None if labels is None else labels[:, None],
-        input_boxes=None if boxes is None else boxes[:, None],
-        input_masks=masks,
-    )
-    places = model.get_image_wide_positional_embeddings().expand(len(embedding), -1, -1, -1)
-    logits, overlap = model.mask_decoder(
-        image_embeddings=embedding,
-        image_positional_embeddings=places,
-        sparse_prompt_embeddings=sparse,
-        dense_prompt_embeddings=dense,
-        multimask_output=several,
-    )
-    return Masks(logits=logits[:, 0], overlap=overlap[:, 0])
-
-
-def intersection_over_union(found: Tensor, truth: Tensor) -> Tensor:
-    """(B, ...) of boolean masks (B, ..., S, S); two empty masks agree."""
-    both, either = (found & truth).flatten(-2).sum(-1), (found | truth).flatten(-2).sum(-1)
-    return torch.where(either > 0, both / either.clamp(min=1), 1.0)
-
-
 def mask_loss(masks: Masks, truth: Tensor) -> Tensor:
     """Focal, dice and overlap against (B, S, S) bool, of the best of the candidates."""
-    logits = masks.full()
+    logits = masks.full(SIZE)
     target = truth[:, None].float().expand_as(logits)
     entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     probability = logits.sigmoid()
@@ -211,7 +134,7 @@ def _first_prompt(truth: Tensor, *, boxed: bool) -> dict[str, Tensor]:
 def _correct(masks: Masks, truth: Tensor, first: dict[str, Tensor]) -> dict[str, Tensor]:
     """The second prompt: the best mask so far as logits, and one more point where it is wrong."""
     rows, best = torch.arange(len(truth)), masks.overlap.argmax(1)
-    found = masks.full()[rows, best] > 0
+    found = masks.full(SIZE)[rows, best] > 0
     point = random_point(found ^ truth)
     inside = truth[rows, point[:, 1].long(), point[:, 0].long()].long()
     prompt = {"masks": masks.logits[rows, best].detach()[:, None]} | first
@@ -266,7 +189,7 @@ def measure_sam_teacher(model: Any, *, split: Split = "test", n: int = 512) -> d
 
     def score(found: Masks) -> float:
         rows = torch.arange(len(truth))
-        best = found.full()[rows, found.overlap.argmax(1)] > 0
+        best = found.full(SIZE)[rows, found.overlap.argmax(1)] > 0
         return intersection_over_union(best, truth).double().mean().item()
 
     once = answer(model, embedding, boxes=boxes)

@@ -148,6 +148,7 @@ class Images:
         if label not in ("class", *self.attributes):
             raise unknown_name("label", label, ["class", *self.attributes])
         self.classes: Sequence[str] = class_names() if label == "class" else self.attributes[label]
+        self.segments: Sequence[str] = SHAPES if masks else ()
         self.templates: Sequence[str] = TEMPLATES if label in ("class", "shape", "color") else DETAIL_TEMPLATES
         kept = kept_values(only)
         pixels, scenes, instances, semantics = [], [], [], []

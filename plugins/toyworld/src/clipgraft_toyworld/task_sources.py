@@ -117,14 +117,15 @@ class Videos:
 class Crowds:
     """`toyworld/crowds`: two different objects per picture for segmentation.
 
-    `extra`: `instances` (3, S, S) and `semantics` (S, S) uint8, 0 background and 1 + shape; `label` is the class of
-    the first object.
+    `extra`: `instances` (3, S, S) and `semantics` (S, S) uint8, 0 background and 1 + index in `segments`, the shapes;
+    `label` is the class of the first object.
     """
 
     def __init__(self, *, split: Split = "train", n: int = 2048, size: int = 32, seed: int = 0) -> None:
         self.name = "toyworld/crowds"
         self.fingerprint = fingerprint(self.name, split=split, n=n, size=size, seed=seed)
         self.classes: Sequence[str] = class_names()
+        self.segments: Sequence[str] = SHAPES
         self.templates: Sequence[str] = TEMPLATES
         self.attributes: Mapping[str, Sequence[str]] = {
             "shape": SHAPES,
