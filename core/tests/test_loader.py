@@ -17,6 +17,7 @@ from torch import Tensor
 
 from clipgraft.data import open_source
 from clipgraft.data.base import BadSample, Pair, Sample
+from clipgraft.data.exclude import exclude
 from clipgraft.data.loader import BadSamples, TrainLoader, class_prompts, evaluation_batches, stack_images
 from clipgraft.encoders.base import Preprocess
 from clipgraft.errors import InputError
@@ -286,3 +287,27 @@ def test_pairs_give_two_rows_each() -> None:
     (batch,) = evaluation_batches(Pairs(), preprocess=PREPROCESS, batch_size=8, bad=BadSamples(3))
     expected = torch.stack([Pixels(6)[i].image for i in range(6)]).float() / 255
     assert torch.equal(stack_images(batch), expected)
+
+
+class Turning(Pixels):
+    """Shows every sample with noise that the loader's generator decides."""
+
+    def varied(self, index: int, rng: torch.Generator) -> Sample:
+        noise = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8, generator=rng)
+        return Sample(f"s{index}", noise, extra={"frames": noise})
+
+
+def test_a_source_may_show_a_sample_differently_in_every_epoch(tmp_path: Path) -> None:
+    source = Turning(8)
+    loader = TrainLoader(source, preprocess=PREPROCESS, batch_size=8, seed=3, crop=None)
+    first, second = (batch for batch in islice(loader.iterate(), 2))
+    again = next(TrainLoader(source, preprocess=PREPROCESS, batch_size=8, seed=3, crop=None).iterate(1))
+    at = {name: k for k, name in enumerate(second.ids)}
+    assert not any(
+        torch.equal(first.extra["frames"][k], second.extra["frames"][at[n]]) for k, n in enumerate(first.ids)
+    )
+    assert torch.equal(second.pixels, again.pixels)  # and alike whenever that epoch is read
+    ids = tmp_path / "ids.txt"
+    ids.write_text("s3\n")
+    rest = next(TrainLoader(exclude(source, ids), preprocess=PREPROCESS, batch_size=7, seed=3, crop=None).iterate())
+    assert "s3" not in rest.ids and "frames" in rest.extra  # as the source draws it, also without some samples

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor
+    from torch import Generator, Tensor
 
     Picture = Image | Tensor
     """A PIL image (EXIF orientation applied, any mode) or a uint8 tensor (3, H, W')."""
@@ -99,6 +99,13 @@ class Drawn(Protocol):
 
 
 @runtime_checkable
+class Varied(Protocol):
+    """A source that shows a sample differently every time, such as other frames of a video, as ``rng`` decides."""
+
+    def varied(self, index: int, rng: Generator) -> Sample: ...
+
+
+@runtime_checkable
 class PairSource(Protocol):
     """An indexable source of minimal pairs; ``patterns`` are the names that ``Pair.pattern`` takes."""
 
@@ -128,3 +135,8 @@ def entry_of(source: Source, index: int) -> Entry:
         return source.entry(index)
     sample = source[index]
     return Entry(sample.id, sample.captions, sample.label, sample.group)
+
+
+def varied_of(source: Source, index: int, rng: Generator) -> Sample:
+    """The sample as training sees it: drawn by ``rng`` where the source can, else as it is."""
+    return source.varied(index, rng) if isinstance(source, Varied) else source[index]

@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from clipgraft.data.base import BadSample, Drawn, Entry, Listed, Sample, Source, entry_of
+from clipgraft.data.base import BadSample, Drawn, Entry, Listed, Sample, Source, entry_of, varied_of
 from clipgraft.errors import InputError
 from clipgraft.log import RunLog
+
+if TYPE_CHECKING:
+    from torch import Generator
 
 
 class Excluding:
@@ -33,6 +37,10 @@ class Excluding:
 
     def __getitem__(self, index: int) -> Sample:
         return self.source[self.indices[index]]
+
+    def varied(self, index: int, rng: Generator) -> Sample:
+        """As the source draws it."""
+        return varied_of(self.source, self.indices[index], rng)
 
     def entry(self, index: int) -> Entry:
         """Everything but the image."""

@@ -11,7 +11,7 @@ import torch
 from torch import Generator
 from torch.utils.data import DataLoader
 
-from clipgraft.data.base import BadSample, Pair, PairSource, Sample, Source
+from clipgraft.data.base import BadSample, Pair, PairSource, Sample, Source, varied_of
 from clipgraft.data.images import checked_weights
 from clipgraft.data.reading import read
 from clipgraft.data.reading import stack_images as stack_images
@@ -133,12 +133,12 @@ class TrainLoader:
             index = int(order[place % len(order)])
             if len(bad) > self.allowed:
                 return None
+            rng = seeded(self.seed, epoch, index)
             try:
-                sample = self.source[index]
+                sample = varied_of(self.source, index, rng)
             except BadSample as error:
                 bad[index] = error
                 continue
-            rng = seeded(self.seed, epoch, index)
             caption = self._caption(sample, rng) if self.tokenizer else ()
             pixels = self._augmented(sample.image, rng) if self._augmented else self._plain(sample.image)
             return replace(sample, image=pixels, captions=caption)
