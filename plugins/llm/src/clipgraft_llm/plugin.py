@@ -7,7 +7,7 @@ from clipgraft.spec import CommandSpec, Component, hookimpl
 _PACKAGE = "clipgraft_llm"
 LONGCLIP = "Zhang et al., Long-CLIP: Unlocking the Long-Text Capability of CLIP, ECCV 2024, arXiv 2403.15378"
 LACLIP = "Fan et al., Improving CLIP Training with Language Rewrites, NeurIPS 2023, arXiv 2305.20088"
-LLM2CLIP = "Huang et al., LLM2CLIP, arXiv 2411.04997"
+LLM2CLIP = "Huang et al., LLM2CLIP: Powerful Language Model Unlocks Richer Visual Representation, arXiv 2411.04997"
 NEGCLIP = (
     "Yuksekgonul et al., When and Why Vision-Language Models Behave like Bags-Of-Words, ICLR 2023, arXiv 2210.01936"
 )
@@ -134,6 +134,13 @@ def clipgraft_grafts() -> list[Component]:
             paper=LONGCLIP,
         ),
         Component(
+            name="transformer-text",
+            target=f"{_PACKAGE}.tower.graft:TransformerText",
+            config=f"{_PACKAGE}.tower.graft:TransformerText",
+            summary="A language or sentence-embedding model of transformers as the text tower, with a projection",
+            paper=LLM2CLIP,
+        ),
+        Component(
             name="inherit",
             target=f"{_PACKAGE}.tiny.inheritance:Inherit",
             config=f"{_PACKAGE}.tiny.inheritance:Inherit",
@@ -147,6 +154,22 @@ def clipgraft_grafts() -> list[Component]:
 def clipgraft_recipes() -> list[Component]:
     """Recipes."""
     return [
+        Component(
+            name="llm2clip",
+            target=f"{_PACKAGE}.llm2clip.recipe:Llm2Clip",
+            config=f"{_PACKAGE}.llm2clip.config:Llm2ClipConfig",
+            summary="A frozen language model as the text tower: the image tower and a projection learn its space",
+            paper=LLM2CLIP,
+            presets=f"{_PACKAGE}.recipes",
+        ),
+        Component(
+            name="caption-contrast",
+            target=f"{_PACKAGE}.llm2clip.caption_recipe:CaptionContrast",
+            config=f"{_PACKAGE}.llm2clip.config:CaptionContrastConfig",
+            summary="A language model learns that captions of one picture mean the same; LLM2CLIP's first stage",
+            paper=LLM2CLIP,
+            presets=f"{_PACKAGE}.recipes",
+        ),
         Component(
             name="long-clip",
             target=f"{_PACKAGE}.longclip.recipe:LongClipRecipe",
@@ -164,6 +187,16 @@ def clipgraft_recipes() -> list[Component]:
             presets=f"{_PACKAGE}.recipes",
         ),
     ]
+
+
+@hookimpl
+def clipgraft_open(uri: str) -> Encoder | None:
+    """``llm:DIR``: a text model alone."""
+    if not uri.startswith("llm:"):
+        return None
+    from clipgraft_llm.tower.text_only import open_text_model
+
+    return open_text_model(uri)
 
 
 @hookimpl
