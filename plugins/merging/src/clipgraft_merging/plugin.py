@@ -10,6 +10,9 @@ SAM_CLIP = (
     "arXiv 2310.15308"
 )
 
+EWA = (
+    "Huang et al., Experts Weights Averaging: A New General Training Scheme for Vision Transformers, arXiv 2308.06093"
+)
 CLIP_MOE = (
     "Zhang et al., CLIP-MoE: Towards Building Mixture of Experts for CLIP with Diversified Multiplet Upcycling, "
     "EMNLP 2025, arXiv 2409.19291"
@@ -59,6 +62,43 @@ def clipgraft_heads() -> list[Component]:
 
 
 @hookimpl
+def clipgraft_datasets() -> list[Component]:
+    """Data sources."""
+    return [
+        Component(
+            name="segmentation",
+            target=f"{_PACKAGE}.segmentation.folder:SegmentationFolder",
+            config=f"{_PACKAGE}.segmentation.folder:SegmentationFolderConfig",
+            summary="Pictures with index masks: folders images/ and masks/, or the layout of PASCAL VOC",
+        )
+    ]
+
+
+@hookimpl
+def clipgraft_evaluators() -> list[Component]:
+    """Masks and labels of pixels, measured."""
+    rows = (
+        ("zero-shot-seg", "zero_shot:ZeroShotSegmentation", "Pixels named by words: patches against texts, mIoU"),
+        ("prompted-masks", "prompted:PromptedMasks", "Masks from points or boxes, against truth and against a SAM"),
+        (
+            "masked-zero-shot-seg",
+            "pipeline:MaskedZeroShotSegmentation",
+            "Two models in a row: masks of a SAM, named by a CLIP; mIoU",
+        ),
+    )
+    return [
+        Component(
+            name=name,
+            target=f"{_PACKAGE}.segmentation.{where}",
+            config=f"{_PACKAGE}.segmentation.{where}",
+            summary=summary,
+            needs=("transformers>=4.56",),
+        )
+        for name, where, summary in rows
+    ]
+
+
+@hookimpl
 def clipgraft_recipes() -> list[Component]:
     """Recipes."""
     return [
@@ -68,6 +108,23 @@ def clipgraft_recipes() -> list[Component]:
             config=f"{_PACKAGE}.moe.config:ClipMoeConfig",
             summary="Feed-forward networks trained inside clusters of the data become experts under trained gates",
             paper=CLIP_MOE,
+            presets=f"{_PACKAGE}.recipes",
+        ),
+        Component(
+            name="ewa",
+            target=f"{_PACKAGE}.ewa.recipe:Ewa",
+            config=f"{_PACKAGE}.ewa.recipe:EwaConfig",
+            summary="Fine-tuning with averaged copies of feed-forward networks; the export is a plain CLIP",
+            paper=EWA,
+            presets=f"{_PACKAGE}.recipes",
+        ),
+        Component(
+            name="sam-clip",
+            target=f"{_PACKAGE}.samclip.recipe:SamClipRecipe",
+            config=f"{_PACKAGE}.samclip.config:SamClipConfig",
+            summary="One image tower with SAM's promptable masks and CLIP's meaning, from a SAM and a CLIP",
+            needs=("transformers>=4.56",),
+            paper=SAM_CLIP,
             presets=f"{_PACKAGE}.recipes",
         ),
     ]
