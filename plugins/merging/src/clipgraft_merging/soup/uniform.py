@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from clipgraft.log import RunLog
-from clipgraft_merging.weights.engine import mean
 from clipgraft_merging.weights.inputs import Inputs
+from clipgraft_merging.weights.linear import mean
 
 
 class UniformSoup:

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoint", "Inputs", "Merger", "merge_each", "merge_state", "merge_to", "open_checkpoint", "open_inputs"]
 
-CHUNK = 1 << 20
-"""Numbers folded at a time, so that accumulators of double width stay small."""
-
 
 class Merger(Protocol):
     """A method. ``merge`` sees floating tensors only and returns any floating type; the engine casts it once.
@@ -79,12 +76,12 @@ def merge_each(
     log = log or RunLog(is_main=False)
     for out in outs:
         _refuse_input(Path(out), inputs)
+    for merger in outs.values():
+        merger.prepare(inputs, log)
     with log.progress("hashing models", total=len(inputs.all)) as bar:
         for checkpoint in inputs.all:
             checkpoint.sha256  # noqa: B018  (kept by the checkpoint)
             bar.advance()
-    for merger in outs.values():
-        merger.prepare(inputs, log)
     # several results share what was read of a key; one result reads each model's tensor and drops it
     shared = inputs.holding() if len(outs) > 1 else inputs
     with ExitStack() as stack:
@@ -99,19 +96,6 @@ def merge_each(
             for merger, write in writers:
                 for key, tensor in _rewrites(merger, inputs):
                     write(key, _cast(tensor, key, inputs))
-
-
-def mean(tensors: Iterator[Tensor], *, count: int) -> Tensor:
-    """The mean of ``count`` tensors in fp64, so that N copies of one give it back, as its own dtype."""
-    total = None
-    for tensor in tensors:
-        if total is None:
-            total = torch.zeros(tensor.shape, dtype=torch.float64)
-            dtype = tensor.dtype
-        total += tensor
-    if total is None:
-        raise ValueError("a mean of nothing")
-    return total.div_(count).to(dtype)
 
 
 def _merged(key: str, inputs: Inputs, merger: Merger) -> Tensor:
