@@ -27,7 +27,7 @@ def ties(
     json: JsonFlag = False,
 ) -> None:
     """Merge models after trimming small changes and letting each number's models vote on its sign."""
-    from clipgraft_merging.ties.merging import Ties
+    from clipgraft_merging.ties.merger import Ties
 
     merger = Ties(density=density, scale=scale, keep=keep, merge_by=merge)  # type: ignore[arg-type]
     merge_command(models, base=base, make=lambda inputs, log: {out: merger}, json=json)
