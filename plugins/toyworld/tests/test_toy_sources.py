@@ -149,3 +149,19 @@ def test_a_label_is_any_attribute_and_value_names_are_unique() -> None:
     assert len(set(names)) == len(names)
     with pytest.raises(InputError, match="unknown label"):
         Images(n=5, label="glyf")
+
+
+def test_the_wrong_caption_of_a_crowd_is_the_right_one_of_another_crowd() -> None:
+    """Swapping colours maps captions onto captions one to one, so that no score of words alone beats guessing."""
+    source = Crowds(n=200)
+    for index in range(200):
+        sample = source[index]
+        (right,), (wrong,) = sample.captions, sample.negatives
+        words, swapped = right.split(), wrong.split()
+        words[1], words[5] = words[5], words[1]
+        assert words == swapped and right != wrong
+    pairs = [
+        ((c, s), (d, t)) for c in range(4) for s in range(4) for d in range(4) for t in range(4) if c != d and s != t
+    ]
+    wrongs = {((d, s), (c, t)) for (c, s), (d, t) in pairs}
+    assert wrongs == set(pairs)

@@ -145,10 +145,12 @@ class Crowds:
 
     def __getitem__(self, index: int) -> Sample:
         shape, color, other_shape, other_color = self._values[index]
+        first, second = SHAPES[shape], SHAPES[other_shape]
         return Sample(
             id=f"{self._prefix}{range(len(self))[index]}",
             image=self._pixels[index],
-            captions=(f"a {COLORS[color]} {SHAPES[shape]} and a {COLORS[other_color]} {SHAPES[other_shape]}",),
+            captions=(f"a {COLORS[color]} {first} and a {COLORS[other_color]} {second}",),
+            negatives=(f"a {COLORS[other_color]} {first} and a {COLORS[color]} {second}",),
             label=color * len(SHAPES) + shape,
             attributes={"shape": shape, "color": color, "other_shape": other_shape, "other_color": other_color},
             extra={"instances": self._instances[index], "semantics": self._semantics[index]},
