@@ -1,11 +1,13 @@
-"""Where a CLIP's feed-forward networks are: the blocks of open_clip's transformers, by tower."""
+"""Feed-forward networks of a CLIP: where they are in open_clip's transformers, by tower, and the mean of several."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import nn
 
 from clipgraft.errors import InputError
@@ -66,3 +68,13 @@ def parameters(places: Sequence[FeedForward]) -> Iterator[nn.Parameter]:
     """All weights in ``places``."""
     for place in places:
         yield from place.module.parameters()
+
+
+@torch.no_grad()
+def mean_network(networks: nn.ModuleList) -> nn.Module:
+    """Networks of one shape -> one whose weights are their means, summed in fp64 and rounded once."""
+    mean = deepcopy(networks[0])
+    for name, parameter in mean.named_parameters():
+        stacked = torch.stack([network.get_parameter(name).double() for network in networks])
+        parameter.copy_(stacked.mean(0))
+    return mean

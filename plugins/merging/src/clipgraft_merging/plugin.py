@@ -10,9 +10,7 @@ SAM_CLIP = (
     "arXiv 2310.15308"
 )
 
-EWA = (
-    "Huang et al., Experts Weights Averaging: A New General Training Scheme for Vision Transformers, arXiv 2308.06093"
-)
+EWA = "Huang et al., Experts Weights Averaging: A New General Training Scheme for Vision Transformers, arXiv 2308.06093"
 CLIP_MOE = (
     "Zhang et al., CLIP-MoE: Towards Building Mixture of Experts for CLIP with Diversified Multiplet Upcycling, "
     "EMNLP 2025, arXiv 2409.19291"

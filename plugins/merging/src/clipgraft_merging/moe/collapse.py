@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-
 from clipgraft.errors import InputError
-from clipgraft_merging.feed_forwards import FeedForward, Tower, feed_forwards
+from clipgraft_merging.feed_forwards import FeedForward, Tower, feed_forwards, mean_network
 from clipgraft_merging.moe.mixture import Mixture
 
 if TYPE_CHECKING:
     from clipgraft.encoders.base import Encoder
 
 GRAFT = "merging/moe"
-
-
-@torch.no_grad()
-def mean_network(networks: nn.ModuleList) -> nn.Module:
-    """Networks of one shape -> one whose weights are their means, summed in fp64 and rounded once."""
-    mean = deepcopy(networks[0])
-    for name, parameter in mean.named_parameters():
-        stacked = torch.stack([network.get_parameter(name).double() for network in networks])
-        parameter.copy_(stacked.mean(0))
-    return mean
 
 
 def mixture_places(encoder: Encoder) -> list[FeedForward]:

@@ -41,7 +41,8 @@ class Mixture(nn.Module):
         self.experts, self.top_k, self.dropout = nn.ModuleList(experts), top_k, dropout
         like: Tensor = experts[0].c_fc.weight  # type: ignore[union-attr, assignment]
         width = like.shape[1]
-        self.gate = nn.Linear(width, len(experts), bias=False, device=like.device, dtype=like.dtype)
+        shape = {"bias": False, "device": like.device, "dtype": like.dtype}
+        self.gate = nn.utils.skip_init(nn.Linear, width, len(experts), **shape)
         # nn.Linear's own distribution, from a generator of its own: the global random state stays as it is
         drawn = torch.rand(len(experts), width, generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():
