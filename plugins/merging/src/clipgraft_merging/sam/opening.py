@@ -14,6 +14,7 @@ from clipgraft import files
 from clipgraft.encoders.base import Preprocess
 from clipgraft.errors import InputError
 from clipgraft_merging.sam.promptable import Promptable
+from clipgraft_merging.sam.settings import SamSettings
 from clipgraft_merging.sam.tower import SamTower
 
 if TYPE_CHECKING:
@@ -76,6 +77,44 @@ def open_sam(
     if wrong := sorted(str(key) for key in info.get("mismatched_keys", ())):
         raise InputError(f"{setting}: the weights of {reference} don't fit its config.json: {wrong[0][:120]}")
     return sam_parts(model, reference=reference, normalisation=_normalisation(folder))
+
+
+def sam_problem(
+    reference: str, *, sha256: str | None = None, setting: str = "sam", registry: Registry | None = None
+) -> str | None:
+    """Why a directory can't be opened, without reading its weights; None for what lies elsewhere or looks whole."""
+    if (folder := _here(reference, registry)) is None:
+        return None
+    try:
+        _check(folder, reference, sha256, setting, None)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def sam_settings(reference: str, *, registry: Registry | None = None) -> SamSettings | None:
+    """The sizes of a SAM whose config.json is on this machine; None otherwise."""
+    found = _registered(reference, registry)
+    if hasattr(found, "vision_encoder"):
+        return SamSettings.of(found.config.to_dict())
+    folder = _here(reference, registry)
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    return SamSettings.of(json.loads((folder / "config.json").read_text("utf-8")))
+
+
+def _here(reference: str, registry: Registry | None) -> Path | None:
+    """The folder behind a path, a registered head or a cached hub id."""
+    found = _registered(reference, registry)
+    if isinstance(found, str | Path):
+        return Path(found)
+    path = Path(reference).expanduser()
+    if found is not None or path.exists() or reference.startswith((".", "/", "~")):
+        return path if found is None else None
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(reference, "config.json") if "/" in reference else None
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def sam_parts(model: Any, *, reference: str = "", normalisation: Preprocess | None = None) -> SamParts:

@@ -24,6 +24,9 @@ class Vision(Config):
     patch_size: int = Field(16, gt=0, description="patch side [pixels]")
     hidden_act: str = Field("gelu", description="activation of the blocks")
     layer_norm_eps: float = Field(1e-6, gt=0, description="added to variances")
+    initializer_range: float = Field(
+        0.02, gt=0, description="standard deviation of random weights, never read from a SAM"
+    )
     attention_dropout: float = Field(0.0, ge=0, lt=1, description="in training")
     qkv_bias: bool = Field(True, description="biases of queries, keys and values")
     mlp_ratio: float = Field(4.0, gt=0, description="hidden width of a block, per width")
@@ -76,6 +79,7 @@ class SamSettings(Config):
         for name, theirs in PARTS.items():
             fields, given = cls.model_fields[name].annotation, dict(config.get(theirs, {}))
             values[name] = {k: given[k] for k in fields.model_fields if k in given}  # type: ignore[union-attr]
+            values[name].pop("initializer_range", None)  # transformers' 1e-10 would be a dead tower
             for side in ("image_size", "patch_size"):
                 if isinstance(values[name].get(side), list | tuple):
                     if len(set(values[name][side])) > 1:

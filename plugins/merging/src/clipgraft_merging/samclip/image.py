@@ -103,6 +103,14 @@ def _stand_in(size: int, patch: int) -> dict[str, Any]:
     return {"image_size": size, "patch_size": patch, "width": 64, "layers": 1, "head_width": 64}
 
 
+def set_size(encoder: Encoder, size: int) -> None:
+    """Let ``encoder`` take images of ``size`` pixels; no weight changes."""
+    encoder.image.size = size  # type: ignore[assignment]
+    encoder.data.preprocess = replace(encoder.preprocess, size=(size, size))
+    if encoder.data.model_config:
+        encoder.data.model_config["vision_cfg"]["image_size"] = size
+
+
 class SamResolution(Config):
     """Another image size for a CLIP on SAM's tower; positions are resized on the fly, no weight changes."""
 
@@ -120,9 +128,7 @@ class SamResolution(Config):
                 f"merging/sam-resolution: size {self.size} is no multiple of SAM's patch of {image.sam.patch} pixels; "
                 f"set it to {max(self.size // image.sam.patch, 1) * image.sam.patch}"
             )
-        image.size = self.size
-        encoder.data.preprocess = replace(encoder.preprocess, size=(self.size, self.size))
-        encoder.data.model_config["vision_cfg"]["image_size"] = self.size
+        set_size(encoder, self.size)
         return encoder
 
     def merge(self, encoder: Encoder) -> Encoder:
