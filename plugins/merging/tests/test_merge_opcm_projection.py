@@ -1,6 +1,7 @@
 """OPCM's facts about one weight: 1, 2, 5, 6, 8, 9, 11, 12, and zero layers."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_fact_12_removed_energy_does_not_fall_with_alpha():
     merged, task = random((24, 16), 6), random((24, 16), 7)
     for mode in ("code", "paper"):
         energy = [(task - project(task, merged, alpha=a / 20, mode=mode)).square().sum() for a in range(20)]
-        assert all(b >= a - 1e-9 for a, b in zip(energy, energy[1:], strict=False)) and energy[-1] > energy[0]
+        assert all(b >= a - 1e-9 for a, b in pairwise(energy)) and energy[-1] > energy[0]
 
 
 def test_alpha_1_is_refused_even_where_nothing_is_merged_yet():
