@@ -101,6 +101,14 @@ def clipgraft_losses() -> list[Component]:
             TINYCLIP,
         ),
         ("hycd", "refine.objective:Hycd", "CLIP-Refine: self-distillation, half of it from right pairs", REFINE),
+        ("rafa", "refine.objective:Rafa", "CLIP-Refine: image and text of a pair towards one random vector", REFINE),
+        ("count", "counting.objective:Count", "A caption against itself with another number", COUNT),
+        (
+            "reinforced",
+            "reinforce.objective:Reinforced",
+            "MobileCLIP: stored teachers, each with its temperature, beside CLIP's own loss",
+            REINFORCED,
+        ),
     )
     return [
         Component(
@@ -113,12 +121,18 @@ def clipgraft_losses() -> list[Component]:
         for name, target, summary, paper in rows
     ] + [
         Component(
+            name="negclip",
+            target=f"{_PACKAGE}.negatives.objective:NegClipLoss",
+            summary="CLIP's loss with wrong captions as further columns of the image-to-text half",
+            paper=NEGCLIP,
+        ),
+        Component(
             name="pcm",
             target=f"{_PACKAGE}.longclip.components:Pcm",
             config=f"{_PACKAGE}.longclip.config:PcmLossConfig",
             summary="Long-CLIP: images reduced to their primary components against short captions",
             paper=LONGCLIP,
-        )
+        ),
     ]
 
 
@@ -186,11 +200,19 @@ def clipgraft_recipes() -> list[Component]:
             paper=TINYCLIP,
             presets=f"{_PACKAGE}.recipes",
         ),
+        Component(
+            name="negclip",
+            target=f"{_PACKAGE}.negatives.recipe:NegClip",
+            config=f"{_PACKAGE}.negatives.config:NegClipConfig",
+            summary="Captions that are wrong in a word or its place teach a CLIP to mind both",
+            paper=NEGCLIP,
+            presets=f"{_PACKAGE}.recipes",
+        ),
     ]
 
 
 @hookimpl
-def clipgraft_open(uri: str) -> Encoder | None:
+def clipgraft_open(uri: str) -> object:
     """``llm:DIR``: a text model alone."""
     if not uri.startswith("llm:"):
         return None
