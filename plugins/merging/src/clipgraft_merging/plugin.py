@@ -10,6 +10,8 @@ SAM_CLIP = (
     "arXiv 2310.15308"
 )
 
+MOF = "Tong et al., Eyes Wide Shut? Exploring the Visual Shortcomings of Multimodal LLMs, CVPR 2024, arXiv 2401.06209"
+COMM = "Jiang et al., From CLIP to DINO: Visual Encoders Shout in Multi-modal Large Language Models, arXiv 2310.08825"
 EWA = "Huang et al., Experts Weights Averaging: A New General Training Scheme for Vision Transformers, arXiv 2308.06093"
 CLIP_MOE = (
     "Zhang et al., CLIP-MoE: Towards Building Mixture of Experts for CLIP with Diversified Multiplet Upcycling, "
@@ -27,6 +29,13 @@ def clipgraft_grafts() -> list[Component]:
             config=f"{_PACKAGE}.moe.graft:MoE",
             summary="Feed-forward networks become mixtures of experts that begin as copies",
             paper=CLIP_MOE,
+        ),
+        Component(
+            name="two-towers",
+            target=f"{_PACKAGE}.fusion.two_towers:TwoTowers",
+            config=f"{_PACKAGE}.fusion.two_towers:TwoTowers",
+            summary="Patch tokens of CLIP and of a second, frozen tower; embeddings stay CLIP's",
+            paper=MOF,
         ),
         Component(
             name="sam-image",
@@ -49,6 +58,13 @@ def clipgraft_grafts() -> list[Component]:
 def clipgraft_heads() -> list[Component]:
     """Parts that work beside a CLIP."""
     return [
+        Component(
+            name="fusion",
+            target=f"{_PACKAGE}.fusion.head:Fusion",
+            config=f"{_PACKAGE}.fusion.head:FusionConfig",
+            summary="Tokens or levels of two towers as one sequence, trainable",
+            paper=COMM,
+        ),
         Component(
             name="sam-masks",
             target=f"{_PACKAGE}.sam.segmenter:sam_masks",
