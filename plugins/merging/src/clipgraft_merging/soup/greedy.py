@@ -127,8 +127,8 @@ def _rejected_in_a_row(book: Ledger) -> int:
 
 
 def _alone(inputs: Inputs, index: int) -> Iterator[tuple[str, Tensor]]:
-    for key in [*inputs.keys, *inputs.aliases]:
-        yield key, inputs.tensor(index, key)
+    for key in inputs.keys:
+        yield from inputs.under_each_name(key, inputs.tensor(index, key))
 
 
 class RunningSum:
@@ -173,14 +173,11 @@ class RunningSum:
     def _means(self, total: Any, count: int) -> Iterator[tuple[str, Tensor]]:
         inputs = self.inputs
         for key in inputs.keys:
-            if not inputs.dtype(key).is_floating_point:
-                yield key, inputs.reference.tensor(key)
-                continue
-            merged = total(key).div_(count).to(inputs.dtype(key))
-            yield key, merged
-            for alias, stored in inputs.aliases.items():
-                if stored == key:
-                    yield alias, merged
+            if inputs.dtype(key).is_floating_point:
+                merged = total(key).div_(count).to(inputs.dtype(key))
+            else:
+                merged = inputs.reference.tensor(key)
+            yield from inputs.under_each_name(key, merged)
 
     def _sum_of(self, key: str, *, skip: int | None = None) -> Tensor:
         """A fresh fp64 tensor."""

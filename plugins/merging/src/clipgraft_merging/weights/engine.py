@@ -54,11 +54,9 @@ def merge_state(inputs: Inputs, merger: Merger, *, log: RunLog | None = None) ->
     log = log or RunLog(is_main=False)
     merger.prepare(inputs, log)
     for key in inputs.keys:
-        yield key, _merged(key, inputs, merger)
+        yield from inputs.under_each_name(key, _merged(key, inputs, merger))
     for key, tensor in _rewrites(merger, inputs):
-        yield key, _cast(tensor, key, inputs)
-    for key, stored in inputs.aliases.items():
-        yield key, _merged(stored, inputs, merger)
+        yield from inputs.under_each_name(key, _cast(tensor, key, inputs))
 
 
 def merge_to(

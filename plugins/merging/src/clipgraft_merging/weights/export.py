@@ -58,15 +58,12 @@ def merged_folder(out: Path, inputs: Inputs, merger: Merger) -> Iterator[Callabl
     }
     names = {key: name_in_file(key, source) for key in inputs.reference.places}
     entries = {names[key]: (shape_in_file(key, inputs), inputs.dtype(key)) for key in names}
-    second: dict[str, list[str]] = {}
-    for alias, stored in inputs.aliases.items():
-        second.setdefault(stored, []).append(alias)
     with whole_folder(Path(out), marker=checkpoint.MANIFEST) as draft:
         with SafetensorsWriter(draft / weights, entries, {"clipgraft.merge": json.dumps(record)}) as writer:
 
             def write(key: str, tensor: Tensor) -> None:
-                for each in (key, *second.get(key, ())):
-                    writer.write(names[each], tensor.reshape(shape_in_file(each, inputs)))
+                for each, value in inputs.under_each_name(key, tensor):
+                    writer.write(names[each], value.reshape(shape_in_file(each, inputs)))
 
             yield write
         if not facts.reason:

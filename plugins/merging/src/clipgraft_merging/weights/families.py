@@ -26,7 +26,7 @@ TABLE: tuple[tuple[str, Kind], ...] = (
     (r".*\.(positional_embedding|class_embedding|pos_embed|cls_token|reg_token|latent|cls_emb)", "embedding"),
     (r".*\.(conv1|patch_embed\.proj)\.weight", "embedding"),
     (r".*\.(ln_\w+|ln|norm\d?|\w*norm|LayerNorm|bn\d?|layer_norm\w*)\.(weight|bias|running_(mean|var))", "vector"),
-    (r".*\.(bias|gamma|ls_\d\.gamma|q_bias|v_bias)", "vector"),
+    (r".*\.(bias|gamma|ls_\d\.gamma|q_bias|v_bias|running_mean|running_var)", "vector"),
     (r".*\.(proj|text_projection|query)", "matrix"),
 )  # fmt: skip
 """First match wins. A ``weight`` that no row names is a matrix with two axes, a vector with one, else an embedding."""

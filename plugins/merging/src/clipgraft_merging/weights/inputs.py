@@ -57,6 +57,13 @@ class Inputs:
         """{second name: first} of tensors that every checkpoint holds once; they are merged once."""
         return {a: b for a, b in self.reference.aliases.items() if all(c.aliases.get(a) == b for c in self.all)}
 
+    def under_each_name(self, key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """``tensor`` under ``key`` and under every second name of it."""
+        yield key, tensor
+        for second, first in self.aliases.items():
+            if first == key:
+                yield second, tensor
+
     @cached_property
     def keys(self) -> list[str]:
         """Canonical names of every tensor, sorted, tied ones once."""
