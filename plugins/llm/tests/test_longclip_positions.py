@@ -226,7 +226,9 @@ def test_language_models_are_refused(monkeypatch):
 
     from clipgraft.encoders.base import Origin
 
-    small = RobertaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    small = RobertaConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
     monkeypatch.setattr("open_clip.hf_model.AutoConfig.from_pretrained", lambda *_, **__: small)
     config = {
         "embed_dim": 16,

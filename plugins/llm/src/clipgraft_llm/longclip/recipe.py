@@ -11,7 +11,7 @@ from clipgraft.runner import Run
 from clipgraft_llm.longclip.components import inactive
 from clipgraft_llm.longclip.config import LongClipConfig
 from clipgraft_llm.longclip.stage import LongClipStage
-from clipgraft_llm.longclip.two_captions import look, two_captions
+from clipgraft_llm.longclip.two_captions import Looked, look, two_captions
 
 
 class LongClipRecipe:
@@ -40,16 +40,19 @@ class LongClipRecipe:
                     "train.batch_size, pcm.group or pcm.components; pcm.weight 0 leaves short captions out)"
                 )
         try:
-            found = look(run.train_source(), tokenizer=encoder.tokenizer, short=c.captions.short)
+            found = self._look(run)
         except ClipgraftError as error:
             return [*problems, str(error)]
         if found.problem:
             problems.append(f"data: {found.problem}")
-        run.log.info(f"context {encoder.tokenizer.context_length}: {found}")
         return problems
+
+    def _look(self, run: Run) -> Looked:
+        return look(run.train_source(), tokenizer=run.encoder.tokenizer, short=self.config.captions.short)
 
     def _long(self, run: Run) -> LongClipStage:
         c, encoder = self.config, run.encoder
+        run.log.info(f"context {encoder.tokenizer.context_length}: {self._look(run)}")
         return LongClipStage(
             "long",
             train=c.train,
