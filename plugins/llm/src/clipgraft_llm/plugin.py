@@ -208,6 +208,22 @@ def clipgraft_recipes() -> list[Component]:
             paper=NEGCLIP,
             presets=f"{_PACKAGE}.recipes",
         ),
+        Component(
+            name="count-to-ten",
+            target=f"{_PACKAGE}.counting.recipe:CountToTen",
+            config=f"{_PACKAGE}.counting.config:CountRunConfig",
+            summary="Captions with a number against the same with another one: a CLIP that minds how many",
+            paper=COUNT,
+            presets=f"{_PACKAGE}.recipes",
+        ),
+        Component(
+            name="clip-refine",
+            target=f"{_PACKAGE}.refine.recipe:ClipRefine",
+            config=f"{_PACKAGE}.refine.config:RefineConfig",
+            summary="A short training after pre-training that closes the gap between images and texts",
+            paper=REFINE,
+            presets=f"{_PACKAGE}.recipes",
+        ),
     ]
 
 
