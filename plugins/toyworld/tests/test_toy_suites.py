@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ def test_models_of_the_world_are_known_by_their_words_even_after_an_export(tmp_p
     for model in (encoder, open_export(tmp_path / "copy")):
         expected = [f"{what}@{suites.WORLD}" for what in ("zero-shot", "retrieval", suites.KNN, suites.CLUSTERING)]
         assert speaks_toy(model) and retention(model) == expected
+    encoder.data.tokenizer = replace(encoder.tokenizer, context_length=104)
+    assert speaks_toy(encoder), "a longer context"
     assert not speaks_toy(tiny_clip(context=32, vocab=187)), "as many words, but others"
 
 
