@@ -55,6 +55,8 @@ def proposals(segmenter: Segmenter, pixels: Tensor, size: tuple[int, int], setti
     score, guess = torch.cat(logits), torch.cat(guesses).clamp(0, 1)
     keep = (guess >= settings.quality) & (_stability(score, settings.offset) >= settings.stability)
     score, guess = score[keep], guess[keep]
+    if not len(guess):
+        return Proposals(torch.zeros(0, *size, dtype=torch.bool, device=pixels.device), guess)
     order = guess.argsort(descending=True, stable=True)
     masks = F.interpolate(score[order][None], size=size, mode="bilinear", align_corners=False)[0] > 0
     guess, share = guess[order], masks.flatten(1).float().mean(1)
