@@ -70,8 +70,10 @@ def inactive(*, images: int, width: int, count: int) -> str:
     return ""
 
 
-def grouped_components(images: Tensor, *, count: int, group: int | None) -> Tensor:
-    """(B, D) -> (B, D), each run of ``group`` rows reduced by itself; null takes all rows together."""
+def grouped_components(images: Tensor, *, count: int | None, group: int | None) -> Tensor:
+    """(B, D) -> (B, D), each run of ``group`` rows reduced by itself (None: all together); ``count`` None: as it is."""
+    if count is None:
+        return images
     parts = [images] if group is None else torch.split(images, group)
     return torch.cat([primary_components(part, count=count) for part in parts])
 

@@ -23,7 +23,9 @@ class PcmConfig(Config):
     """Primary component matching: reduced images against short captions."""
 
     weight: float = Field(1.0, ge=0, description="of the short captions' loss, 0 leaves it out; 0.1 before May 2024")
-    components: int = Field(32, gt=0, description="leading directions that are kept of a group of image embeddings")
+    components: int | None = Field(
+        32, gt=0, description="leading directions kept of a group of image embeddings; null: whole images, a control"
+    )
     group: int | None = Field(None, gt=1, description=_GROUP)
 
 

@@ -30,14 +30,14 @@ class LongClipRecipe:
         if encoder.text is None:
             return [f"model: {encoder.data.origin.uri} has no text tower; use a CLIP with one"]
         problems = []
-        if c.pcm.weight:
+        if c.pcm.weight and c.pcm.components is not None:
             size, group = c.train.batch_size, c.pcm.group or c.train.batch_size
             if size % group:
                 problems.append(f"pcm.group: batches of {size} don't split into groups of {group}; set a divisor")
             elif problem := inactive(images=group, width=encoder.image.embed_dim, count=c.pcm.components):
                 problems.append(
                     f"pcm: {problem}, so images stay whole and short captions get no loss of their own (set "
-                    "train.batch_size, pcm.group or pcm.components; pcm.weight 0 leaves short captions out)"
+                    "train.batch_size, pcm.group or pcm.components; pcm.components null compares whole images with short captions)"
                 )
         try:
             found = self._look(run)
