@@ -36,8 +36,8 @@ class LongClipRecipe:
                 problems.append(f"pcm.group: batches of {size} don't split into groups of {group}; set a divisor")
             elif problem := inactive(images=group, width=encoder.image.embed_dim, count=c.pcm.components):
                 problems.append(
-                    f"pcm: {problem}, so images stay whole and short captions get no loss of their own (set "
-                    "train.batch_size, pcm.group or pcm.components; pcm.components null compares whole images with short captions)"
+                    f"pcm: {problem}; as it is, nothing is reduced (set train.batch_size, pcm.group or "
+                    "pcm.components; null there compares whole images)"
                 )
         try:
             found = self._look(run)
