@@ -18,6 +18,10 @@ CLIP_MOE = (
     "EMNLP 2025, arXiv 2409.19291"
 )
 
+SOUPS = "Wortsman et al., Model soups, ICML 2022, arXiv 2203.05482"
+WISE_FT = "Wortsman et al., Robust fine-tuning of zero-shot models, CVPR 2022, arXiv 2109.01903"
+OPCM = "Tang et al., Merging Models on the Fly Without Retraining, NeurIPS 2025, arXiv 2501.09522"
+
 
 @hookimpl
 def clipgraft_grafts() -> list[Component]:
@@ -109,6 +113,21 @@ def clipgraft_evaluators() -> list[Component]:
             needs=("transformers>=4.56",),
         )
         for name, where, summary in rows
+    ] + [
+        Component(
+            name="ingredients",
+            target=f"{_PACKAGE}.recipes_merge.evaluators:Ingredients",
+            config=f"{_PACKAGE}.recipes_merge.evaluators:Ingredients",
+            summary="Zero-shot top1 of a soup beside that of its ingredients, in a run of the recipe soup",
+            paper=SOUPS,
+        ),
+        Component(
+            name="continual",
+            target=f"{_PACKAGE}.recipes_merge.evaluators:Continual",
+            config=f"{_PACKAGE}.recipes_merge.evaluators:Continual",
+            summary="Accuracy over tasks and what was forgotten, in a run of the recipe opcm",
+            paper=OPCM,
+        ),
     ]
 
 
@@ -116,6 +135,30 @@ def clipgraft_evaluators() -> list[Component]:
 def clipgraft_recipes() -> list[Component]:
     """Recipes."""
     return [
+        Component(
+            name="soup",
+            target=f"{_PACKAGE}.recipes_merge.soup:SoupRecipe",
+            config=f"{_PACKAGE}.recipes_merge.config:SoupRunConfig",
+            summary="Fine-tunes of one base with other settings each, and the mean of all or of those that help",
+            paper=SOUPS,
+            presets=f"{_PACKAGE}.recipes",
+        ),
+        Component(
+            name="wise-ft",
+            target=f"{_PACKAGE}.recipes_merge.wise_ft:WiseFtRecipe",
+            config=f"{_PACKAGE}.recipes_merge.config:WiseFtRunConfig",
+            summary="Fine-tune, then go back towards the base by a share that held-out data choose",
+            paper=WISE_FT,
+            presets=f"{_PACKAGE}.recipes",
+        ),
+        Component(
+            name="opcm",
+            target=f"{_PACKAGE}.recipes_merge.continual:OpcmRecipe",
+            config=f"{_PACKAGE}.recipes_merge.config:OpcmRunConfig",
+            summary="Fine-tune on each of several tasks, merge the models one after another, measure what is forgotten",
+            paper=OPCM,
+            presets=f"{_PACKAGE}.recipes",
+        ),
         Component(
             name="clip-moe",
             target=f"{_PACKAGE}.moe.recipe:ClipMoe",
