@@ -188,6 +188,20 @@ def clipgraft_recipes() -> list[Component]:
 
 
 @hookimpl
+def clipgraft_claims() -> list[Component]:
+    """Claims."""
+    return [
+        Component(
+            name="clip-moe",
+            target=f"{_PACKAGE}.moe.claims:CLIP_MOE",
+            summary="Detailed captions are retrieved better than after dense fine-tuning, and zero-shot is kept",
+            needs=("clipgraft-toyworld",),
+            paper=CLIP_MOE,
+        ),
+    ]
+
+
+@hookimpl
 def clipgraft_commands() -> list[CommandSpec]:
     """`clipgraft merging`."""
     return [

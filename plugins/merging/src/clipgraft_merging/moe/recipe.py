@@ -99,8 +99,12 @@ class ClipMoe:
             parent = run.component(f"clusters-{stage - 1}", "labels")["labels"].long()[rows]
             if bool((parent == UNKNOWN).any()):
                 raise InputError(f"{source.name} changed since the stage before; start the run again")
-        labels = torch.full((len(source),), UNKNOWN)
-        minimum = config.train.batch_size
+        labels, minimum = torch.full((len(source),), UNKNOWN), config.train.batch_size
+        if len(rows) < minimum:
+            raise InputError(
+                f"{source.name} has {len(rows)} readable samples, fewer than one batch of {minimum}; add samples or "
+                f"set experts.train.batch_size to {len(rows)} or less"
+            )
         labels[rows] = accumulated(parent, new, minimum=minimum, features=joint(images, texts))
         labels = distributed.to_all(labels if run.is_main else None)[0]  # one opinion for all ranks
         sizes = labels[labels >= 0].bincount()
