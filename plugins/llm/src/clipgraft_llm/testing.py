@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from clipgraft_llm.tower.model_folder import quiet
+
 WORDS = (
     "a an the of photo picture with and in on red green blue yellow purple black white circle square triangle star cat "
     "dog car one two three four small large left right up down standing beside not over under near far bright dark"
@@ -101,7 +103,8 @@ def _drawn(build: Any, seed: int) -> Any:
 
 def _write(folder: Path, model: Any, tokenizer: Any, names: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    with quiet():
+        model.save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")

@@ -21,7 +21,7 @@ from clipgraft_llm.llm2clip.adapters import adapt, frozen_leaves, merged
 from clipgraft_llm.llm2clip.caption_pairs import PairTokenizer
 from clipgraft_llm.llm2clip.config import LoraConfig
 from clipgraft_llm.llm2clip.objective import hard_negative_nll
-from clipgraft_llm.tower.model_folder import SCHEME
+from clipgraft_llm.tower.model_folder import SCHEME, quiet
 from clipgraft_llm.tower.settings import TextModelConfig
 from clipgraft_llm.tower.text_only import text_encoder
 from clipgraft_llm.tower.text_tower import LlmText
@@ -105,7 +105,7 @@ class CaptionStage(ContrastiveStage):
         language = self.text.language
         model = merged(self._wrapper[0]) if self._wrapper else language.model
         if run.is_main:
-            with files.whole_folder(folder, marker="config.json") as draft:
+            with files.whole_folder(folder, marker="config.json") as draft, quiet():
                 model.save_pretrained(draft)
                 language.tokens.save(str(draft))
                 for file in draft.glob("*.safetensors"):

@@ -29,6 +29,7 @@ class NoImages(ImageEncoder):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = self.embed_dim = width
+        self.place = nn.Parameter(torch.zeros(()), requires_grad=False)  # says where the encoder is
 
     def forward(self, pixels: Tensor, want: FeatureRequest = DEFAULT_REQUEST) -> NoReturn:
         """Raises."""
