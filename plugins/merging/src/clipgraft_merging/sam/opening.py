@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """SAM's on [0, 1] values; its own code states them for 0 to 255."""
+TIED = ("shared_image_embedding.positional_embedding", "prompt_encoder.shared_embedding.positional_embedding")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +64,7 @@ def open_sam(
         return sam_parts(found, reference=reference)
     folder = Path(str(found)) if found is not None else _folder(reference, revision, setting)
     _check(folder, reference, sha256, setting, log)
-    try:
-        model, info = SamModel.from_pretrained(
-            str(folder), dtype=torch.float32, use_safetensors=True, output_loading_info=True, local_files_only=True
-        )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise InputError(f"{setting}: {reference} can't be opened ({' '.join(str(error).split())[:200]})") from None
-    if missing := sorted(info["missing_keys"]):
-        raise InputError(
-            f"{setting}: the weights of {reference} lack {missing[0]} ({len(missing)} tensors in all); it isn't a "
-            "whole SAM, download or write it again"
-        )
-    if wrong := sorted(str(key) for key in info.get("mismatched_keys", ())):
-        raise InputError(f"{setting}: the weights of {reference} don't fit its config.json: {wrong[0][:120]}")
+    model = _loaded(folder, f"{setting}: {reference}")
     return sam_parts(model, reference=reference, normalisation=_normalisation(folder))
 
 
@@ -129,6 +118,37 @@ def sam_parts(model: Any, *, reference: str = "", normalisation: Preprocess | No
         reference=reference,
         sha256=files.tensors_digest(model.state_dict()),
     )
+
+
+def _loaded(folder: Path, what: str) -> Any:
+    """The ``SamModel`` of a directory, every tensor of it from the file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    with torch.device("meta"):
+        model = SamSettings.of(json.loads((folder / "config.json").read_text("utf-8"))).model()
+    shards = [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else sorted(folder.glob("*-of-*.safetensors"))
+    try:
+        state = {name: tensor.float() for file in shards for name, tensor in load_file(file).items()}
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{what} has damaged weights ({' '.join(str(error).split())[:120]}); download them again"
+        ) from None
+    if TIED[0] in state:  # one tensor under two names; files may hold either or both
+        state.setdefault(TIED[1], state[TIED[0]])
+    want = model.state_dict()
+    if missing := sorted(want.keys() - state.keys()):
+        raise InputError(
+            f"{what} lacks {missing[0]} ({len(missing)} tensors in all); it isn't a whole SAM, download it again"
+        )
+    for name, tensor in want.items():
+        if state[name].shape != tensor.shape:
+            raise InputError(
+                f"{what} holds {name} of {tuple(state[name].shape)}, its config.json asks for {tuple(tensor.shape)}; "
+                "get config.json and weights of one model"
+            )
+    model.load_state_dict({name: state[name] for name in want}, assign=True)
+    return model
 
 
 def _registered(reference: str, registry: Registry | None) -> Any:
