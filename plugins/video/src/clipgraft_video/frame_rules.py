@@ -132,7 +132,7 @@ def _spread(n: int, count: int) -> list[int]:
 
 
 def prompt_switch(n: int, frames: int, *, rng: Generator | None = None, prompts: int = 6) -> list[int]:
-    """Prompt Switch: k rounds over ``prompts`` intervals, ``frames`` = k prompts; round j stands at j + 1 of k + 1 steps.
+    """Prompt Switch: k rounds over ``prompts`` intervals, ``frames`` = k prompts; round j is j + 1 of k + 1 steps in.
 
     The order is round after round, not that of time. In training a random point per interval of one round.
     """

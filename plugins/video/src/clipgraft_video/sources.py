@@ -178,20 +178,36 @@ def videos(
     return Videos(name, files, root=base, classes=names, clip=ClipConfig.model_validate(clip))
 
 
-def _walk(folder: Path, where: str) -> list[Listing]:
-    """Video files below a folder, and folders that hold pictures alone; a class is the first folder."""
+def unlabelled(path: str | Path, *, clip: ClipConfig) -> Videos:
+    """Every video below a folder, or one file, whatever the folders mean."""
+    place = Path(path).expanduser().resolve()
+    if place.is_file():
+        return Videos(str(path), [VideoFile(place.name, place, None, ())], root=place.parent, classes=(), clip=clip)
+    if not place.is_dir():
+        raise InputError(f"{path}: there is no such file or folder")
+    files = [VideoFile(name, place / name, None, ()) for name in _found(place, str(path))]
+    return Videos(str(path), files, root=place, classes=(), clip=clip)
+
+
+def _found(folder: Path, where: str) -> list[str]:
+    """Video files below a folder, and folders that hold pictures alone, as paths from it."""
     found = []
     for here, folders, files in os.walk(folder):
         folders[:] = sorted(f for f in folders if not f.startswith((".", "__")) and not Path(here, f).is_symlink())
         kinds = {Path(file).suffix.lower() for file in files if not file.startswith(".")}
         at = Path(here).relative_to(folder).as_posix()
-        found += [f"{at}/{file}" for file in sorted(files) if Path(file).suffix.lower() in SUFFIXES]
+        found += [f"{at}/{file}".removeprefix("./") for file in sorted(files) if Path(file).suffix.lower() in SUFFIXES]
         if at != "." and not folders and kinds & PICTURES and not kinds & SUFFIXES:
             found.append(at)
-    found = [path.removeprefix("./") for path in found]
     if not found:
         raise InputError(f"{where}: no video found; their names end in {', '.join(sorted(SUFFIXES))}")
-    flat = [path for path in found if "/" not in path]
+    return found
+
+
+def _walk(folder: Path, where: str) -> list[Listing]:
+    """The videos of a folder; a class is the first folder."""
+    found = _found(folder, where)
+    flat = [path for path in found if "/" not in path and (folder / path).is_file()]
     if flat and len(flat) < len(found):
         raise InputError(f"{where}: {flat[0]} lies beside class folders; move it into one of them")
     return [Listing(path, None if flat else path.partition("/")[0]) for path in found]

@@ -1,0 +1,132 @@
+"""Training a video model: clips from the loader, one forward of encoder and head, scores for texts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clipgraft.config.schema import TrainConfig
+from clipgraft.data.base import Source
+from clipgraft.encoders.base import Encoder
+from clipgraft.errors import InputError
+from clipgraft.stage import TrainStage
+from clipgraft.types import Batch, StepOutput
+from clipgraft_video.heads import VideoFeatures
+from clipgraft_video.mixing import Mixing, soft_cross_entropy, targets_of
+from clipgraft_video.model import VideoModel
+from clipgraft_video.objectives import caption_contrast, label_contrast
+
+Objective = Literal["classes", "labels", "captions"]
+Term = Callable[[VideoFeatures, Tensor, Batch], Mapping[str, Tensor]]
+"""A further part of the loss: (features, clips (B, T, 3, S, S) float, batch) -> scalars by name, "loss" among them."""
+
+
+class VideoStage(TrainStage):
+    """Trains ``model`` for an objective.
+
+    ``classes``: cross entropy over the texts of all K classes (ViFi-CLIP, X-CLIP, FROSTER); ``labels``: contrast inside
+    the batch, where videos of one class are all right (EZ-CLIP); ``captions``: contrast with one caption per video.
+    ``prompts`` are the texts per class; with several, each step draws one. ``terms`` add to the loss, with weights. A
+    text tower without trainable parameters is read once and kept.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        train: TrainConfig,
+        source: Source,
+        model: VideoModel,
+        objective: Objective = "classes",
+        prompts: Sequence[Sequence[str]] = (),
+        smoothing: float = 0.0,
+        mixing: Mixing | None = None,
+        terms: Mapping[str, tuple[float, Term]] | None = None,
+        groups: Sequence[Mapping[str, Any]] = (),
+        max_logit_scale: float | None = None,
+    ) -> None:
+        super().__init__(name, train=train, source=source)
+        self.batch_coupled = objective != "classes"
+        self.training_crop = None  # clips are cropped by their source
+        self.wants_text = objective == "captions"
+        self.model, self.objective, self.prompts = model, objective, [list(texts) for texts in prompts]
+        self.smoothing, self.mixing, self.groups = smoothing, mixing or Mixing(), list(groups)
+        self.terms = dict(terms or {})
+        self.max_logit_scale = max_logit_scale
+        self._kept: Tensor | None = None
+        if objective != "captions" and len(self.prompts) < 2:
+            raise InputError(f"{source.name} names {len(self.prompts)} classes; training on classes needs two or more")
+
+    def forward(self, batch: Batch) -> StepOutput:
+        """One batch of clips -> loss."""
+        if "frames" not in batch.extra:
+            raise InputError(f"{self.source.name} holds pictures, no videos; use video:DIR or video:LIST")
+        clips = batch.extra["frames"].float() / 255
+        loss, terms, video = self._objective(clips, batch)
+        for name, (weight, term) in self.terms.items():
+            found = term(video, clips, batch)
+            loss = loss + weight * found["loss"]
+            terms |= {f"{name}.{key}": value.detach() for key, value in found.items()}
+        return StepOutput(loss, terms, len(batch))
+
+    def _objective(self, clips: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor], VideoFeatures]:
+        if self.objective == "captions":
+            assert batch.text is not None
+            video = self.model(clips)
+            _, text = self.model.encoder(text=batch.text)
+            scale = self.model.encoder.logit_scale.exp()
+            with torch.autocast(clips.device.type, enabled=False):
+                loss = caption_contrast(video.unit().float(), F.normalize(text.pooled.float(), dim=-1), scale)
+            return loss, {"captions": loss.detach()}, video
+        if batch.labels is None:
+            raise InputError(f"{self.source.name} has videos without labels; give a list with labels, or class folders")
+        texts, labels = self.texts(), batch.labels
+        if self.objective == "labels":
+            video = self.model(clips)
+            logits = self.model.logits(video, texts)
+            loss = label_contrast(video.unit(), texts, labels, scale=self.model.encoder.logit_scale.exp())
+        else:
+            clips, targets = self.mixing(clips, targets_of(labels, len(texts), smoothing=self.smoothing))
+            video = self.model(clips)
+            logits = self.model.logits(video, texts)
+            loss = soft_cross_entropy(logits, targets)
+        right = (logits.argmax(-1) == labels).float().mean()
+        return loss, {self.objective: loss.detach(), "accuracy": right.detach()}, video
+
+    def texts(self) -> Tensor:
+        """(K, D) of length one; kept when nothing in the text tower is trained and every class has one text."""
+        text: nn.Module | None = self.model.encoder.text
+        trained = text is not None and any(p.requires_grad for p in text.parameters())
+        if self._kept is not None and not trained:
+            return self._kept
+        several = any(len(texts) > 1 for texts in self.prompts)
+        at = [int(torch.randint(len(texts), ())) if several else 0 for texts in self.prompts]
+        chosen = [texts[k] for texts, k in zip(self.prompts, at, strict=True)]
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            found = self.model.texts(chosen)
+        if not trained and not several:
+            self._kept = found
+        return found
+
+    def current_encoder(self) -> Encoder:
+        """The encoder with its grafts; a head of a tower's own is part of it."""
+        return self.model.encoder
+
+    def components(self) -> dict[str, nn.Module]:
+        """The head, unless it belongs to the tower."""
+        return {} if self.model._own else {"video-head": self.model.head}
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups that were given, else one."""
+        return [dict(group) for group in self.groups] or super().param_groups()
+
+    def after_update(self, step: int) -> None:
+        """Clamp the scale where a method does."""
+        if self.max_logit_scale is not None:
+            with torch.no_grad():
+                self.model.encoder.logit_scale.clamp_(0, math.log(self.max_logit_scale))
