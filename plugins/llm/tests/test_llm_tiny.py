@@ -243,7 +243,7 @@ def test_the_same_student_as_a_graft_of_another_recipe(tmp_path, settings, regis
     [
         ({"student": {}}, "student says no size"),
         ({"student": {"text": {"layers": 9}}}, "can't give 9"),
-        ({"teacher": None}, "llm/affinity learns from a teacher; set teacher to base"),
+        ({"teacher": None}, "affinity learns from a teacher; set teacher to base"),
         ({"student": {"image": {"wide": 9}}}, "wide"),
     ],
 )

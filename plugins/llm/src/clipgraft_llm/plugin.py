@@ -217,6 +217,14 @@ def clipgraft_recipes() -> list[Component]:
             presets=f"{_PACKAGE}.recipes",
         ),
         Component(
+            name="reinforce",
+            target=f"{_PACKAGE}.reinforce.recipe:Reinforce",
+            config=f"{_PACKAGE}.reinforce.config:ReinforceConfig",
+            summary="Learn from several teachers that were asked once, crop by crop (clipgraft llm reinforce-data)",
+            paper=REINFORCED,
+            presets=f"{_PACKAGE}.recipes",
+        ),
+        Component(
             name="clip-refine",
             target=f"{_PACKAGE}.refine.recipe:ClipRefine",
             config=f"{_PACKAGE}.refine.config:RefineConfig",
@@ -235,6 +243,36 @@ def clipgraft_open(uri: str) -> object:
     from clipgraft_llm.tower.text_only import open_text_model
 
     return open_text_model(uri)
+
+
+@hookimpl
+def clipgraft_claims() -> list[Component]:
+    """Claims."""
+    rows = (
+        (
+            "long-clip",
+            "longclip.claims:LONG_CLIP",
+            "Long captions are read and found, short ones and classes kept",
+            LONGCLIP,
+        ),
+        (
+            "long-clip-components",
+            "longclip.claims:COMPONENTS",
+            "Reduced images beat whole ones for short captions",
+            LONGCLIP,
+        ),
+        ("long-clip-positions", "longclip.claims:POSITIONS", "Untrained, kept positions beat resampled ones", LONGCLIP),
+        (
+            "long-clip-over-interpolation",
+            "longclip.claims:INTERPOLATION",
+            "Trained, kept positions beat resampled ones",
+            LONGCLIP,
+        ),
+    )
+    return [
+        Component(name=name, target=f"{_PACKAGE}.{target}", summary=summary, needs=("clipgraft-toyworld",), paper=paper)
+        for name, target, summary, paper in rows
+    ]
 
 
 @hookimpl

@@ -11,6 +11,8 @@ from clipgraft.finetune import Finetune
 from clipgraft.recipe import StagePlan
 from clipgraft.runner import Run
 from clipgraft.stage import JobStage, StageResult
+from clipgraft_llm.named_recipe import built, named, teacher_of
+from clipgraft_llm.named_stage import NamedStage
 from clipgraft_llm.tiny.config import TinyClipConfig
 from clipgraft_llm.tiny.inheritance import inherit, shapes_of
 from clipgraft_llm.tiny.plan import TowerSize, plan_tower
@@ -21,15 +23,14 @@ class TinyClip:
 
     def __init__(self, config: TinyClipConfig) -> None:
         self.config = config
-        self.finetune = Finetune(config)
 
     def plan(self) -> list[StagePlan]:
         """The stages."""
-        return [StagePlan("inherit", lambda run: JobStage("inherit", self._inherit)), *self.finetune.plan()]
+        return [StagePlan("inherit", lambda run: JobStage("inherit", self._inherit)), StagePlan("train", self._train)]
 
     def check(self, run: Run) -> list[str]:
         """Sizes that fit the base, losses that fit the stage, and a teacher where a loss needs one."""
-        problems = self.finetune.check(run)
+        problems = Finetune(self.config).check(run)
         try:
             shapes, chosen = shapes_of(run.encoder), self.config.student
             if chosen.image == chosen.text == TowerSize():
@@ -38,10 +39,24 @@ class TinyClip:
                 plan_tower({}, shapes[tower], size, depth=chosen.depth, what=f"student.{tower}")
         except InputError as error:
             problems.append(str(error))
-        needs = [n.use for n in self.config.losses if n.use.rpartition("/")[2] in ("affinity", "distill", "hycd")]
+        needs = named(n.use for n in self.config.losses) & {"affinity", "distill", "hycd"}
         if needs and self.config.teacher is None:
-            problems.append(f"{needs[0]} learns from a teacher; set teacher to base or to a model reference")
+            problems.append(f"{min(needs)} learns from a teacher; set teacher to base or to a model reference")
         return problems
+
+    def _train(self, run: Run) -> NamedStage:
+        c = self.config
+        losses, weights = built(run, c)
+        return NamedStage(
+            "train",
+            train=c.train,
+            source=run.train_source(),
+            encoder=run.encoder,
+            losses=losses,
+            weights=weights,
+            teacher=teacher_of(run, c.teacher),
+            max_logit_scale=c.max_logit_scale,
+        )
 
     def _inherit(self, run: Run) -> StageResult:
         small, found = inherit(run.encoder, self.config.student)
