@@ -7,6 +7,7 @@ import typer
 from clipgraft_merging import (
     command_greedy,
     command_opcm,
+    command_path,
     command_segment,
     command_soup,
     command_task_arithmetic,
@@ -32,4 +33,5 @@ app.command("wise-ft")(command_wise_ft.wise_ft)
 app.command("task-arithmetic")(command_task_arithmetic.task_arithmetic)
 app.command("ties")(command_ties.ties)
 app.command("opcm")(command_opcm.opcm)
+app.command("path")(command_path.path)
 app.command("fuse")(command_fuse.fuse)

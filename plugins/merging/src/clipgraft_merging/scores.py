@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clipgraft.config.schema import EvaluatorNode
 from clipgraft.data import open_source
+from clipgraft.data.base import PairSource, Source
 from clipgraft.errors import unknown_name
 from clipgraft.log import RunLog
 
@@ -42,6 +43,10 @@ class Scores:
         self.metric, self.lower, self._registry = metric, False, registry
         self._batch_size, self._workers, self._log = batch_size, workers, log
         self._words: dict[str, Tensor] = {}
+
+    def source(self, name: str) -> Source | PairSource:
+        """The opened data."""
+        return self._sources[name]
 
     def of(self, encoder: Encoder, *, only: Iterable[str] | None = None) -> dict[str, float]:
         """{name of the data: metric}."""

@@ -14,7 +14,7 @@ def barrier(alphas: Sequence[float], losses: Sequence[float]) -> float:
     if len(alphas) != len(losses) or 0 not in alphas or 1 not in alphas:
         raise ValueError("a barrier needs a loss per alpha, and both ends, 0 and 1")
     start, end = losses[list(alphas).index(0)], losses[list(alphas).index(1)]
-    inner = [loss - ((1 - a) * start + a * end) for a, loss in zip(alphas, losses, strict=True) if 0 < a < 1]
+    inner = [loss - (start + a * (end - start)) for a, loss in zip(alphas, losses, strict=True) if 0 < a < 1]
     return max(inner, default=0.0)
 
 

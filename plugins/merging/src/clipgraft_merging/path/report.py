@@ -116,7 +116,7 @@ def _along(axis: Axes, report: PathReport) -> None:
             color=INK,
         )
     axis.set_xlabel("α: 0 base, 1 fine-tuned")
-    axis.legend(loc="best", fontsize=8)
+    axis.legend(loc="best", fontsize=8, frameon=False, labelcolor=INK)
     head(axis, f"{report.metric} along the path")
 
 

@@ -126,5 +126,5 @@ def _methods(axis: Axes, methods: Mapping[str, Mapping[str, float]], base: float
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
     axis.margins(x=0.14)
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, -0.32), ncols=3, fontsize=8)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, -0.32), ncols=3, fontsize=8, frameon=False, labelcolor=INK)
     head(axis, "mean accuracy over tasks and orders")

@@ -65,7 +65,6 @@ class WiseFtRecipe:
                 registry=run.registry,
                 metric=c.judge.metric,
                 batch_size=c.evaluate.batch_size,
-                log=run.log,
             )
             points = measure_path(inputs, meter, alphas=sorted({0.0, *c.alphas, 1.0}), log=run.log)
             report = PathReport(c.model.from_, tuned, meter.scored.metric or "", meter.scored.lower, points)
