@@ -14,9 +14,10 @@ from clipgraft_llm.negatives.rules import RULES, Rule
 class NegativesConfig(Config):
     """Where wrong captions come from."""
 
-    made: Literal["rules", "source", "file"] = Field(
+    made: Literal["rules", "source", "file", "none"] = Field(
         "rules",
-        description="rules: of the caption by rule; source: the data brings them; file: see clipgraft llm negatives",
+        description="rules: of the caption by rule; source: the data brings them; file: see clipgraft llm negatives; "
+        "none: a control, CLIP's loss on the same batches",
     )
     rules: tuple[Rule, ...] = Field(RULES, min_length=1, description="which rules, for made: rules")
     file: str | None = Field(None, description="JSON lines with id, caption, negatives, for made: file")

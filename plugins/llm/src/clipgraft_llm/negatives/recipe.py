@@ -57,7 +57,7 @@ class NegClip:
             seen += 1
             if any(wrong(sample, caption, random.Random(0)) for caption in sample.captions):
                 return []
-        if not seen or self.config.negatives.made == "file":
+        if not seen or self.config.negatives.made in ("file", "none"):
             return []  # a file may cover a part of the data; the stage's terms show what it does
         say = {
             "source": "set negatives.made to rules, or take data whose samples have negatives",
@@ -95,8 +95,8 @@ def maker(config: NegativesConfig) -> tuple[Wrong, str]:
         assert config.file is not None
         written = Written(config.file)
         return written, f"file {written.sha256}"
-    if config.made == "source":
-        return _given, "source"
+    if config.made != "rules":
+        return (_given, "source") if config.made == "source" else (_nothing, "none")
 
     return ByRule(config.rules, config.per_caption), f"rules {config.rules}"
 
@@ -115,3 +115,7 @@ class ByRule:
 
 def _given(sample: Sample, caption: str, rng: random.Random) -> Sequence[str]:
     return rng.sample(sample.negatives, len(sample.negatives))
+
+
+def _nothing(sample: Sample, caption: str, rng: random.Random) -> Sequence[str]:
+    return ()
