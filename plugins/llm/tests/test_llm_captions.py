@@ -81,9 +81,7 @@ def test_training_draws_by_share_and_the_same_for_the_same_seed(table, registry)
     lines(table, [both(k) for k in range(N)])
     uniform = drawn(opened(table, registry), epochs=60)
     counts = Counter(text.rsplit(" ", 1)[0] for text in uniform)
-    assert (
-        all(abs(counts[kind] / 600 - 0.25) < 4 * (0.25 * 0.75 / 600) ** 0.5 for kind in counts) and len(counts) == 4
-    )
+    assert all(abs(counts[kind] / 600 - 0.25) < 4 * (0.25 * 0.75 / 600) ** 0.5 for kind in counts) and len(counts) == 4
     assert uniform[:50] == drawn(opened(table, registry), epochs=5)
     assert uniform[:50] != drawn(opened(table, registry), epochs=5, seed=1)
     mixed = drawn(opened(table, registry, original=0.8, versions="llama"), epochs=60)

@@ -239,3 +239,27 @@ def test_language_models_are_refused(monkeypatch):
     encoder = build(config, None, preprocess=preprocess, tokenizer=BpeTokenizer(77), origin=Origin("hf-text", "tiny"))
     with pytest.raises(InputError, match="HuggingFaceText text tower"):
         StretchPositions().apply(encoder)
+
+
+def test_before_training_short_captions_are_retrieved_as_ever_to_the_bit():
+    pytest.importorskip("clipgraft_toyworld")
+    from clipgraft.data import open_source
+    from clipgraft.encoders import load
+    from clipgraft.evaluation import evaluate
+    from clipgraft.evaluation.features import EncoderFeatures
+
+    registry = Registry.discover()
+    on = [f"core/{name}@toyworld/images?split=tune&n=128" for name in ("retrieval", "zero-shot")]
+    plain, long = (load("toyworld/clip", registry=registry) for _ in range(2))
+    StretchPositions(keep=12, ratio=4).apply(long)
+    assert long.tokenizer.context_length == 92
+    source = open_source("toyworld/images?split=tune&n=128", registry=registry)
+    captions = [caption for k in range(128) for caption in source[k].captions]
+    assert torch.equal(EncoderFeatures(long).texts(captions), EncoderFeatures(plain).texts(captions))
+    one, two = (evaluate(encoder, on, registry=registry, spread=False) for encoder in (plain, long))
+    assert {k: e.metrics for k, e in one.items()} == {k: e.metrics for k, e in two.items()}
+    resampled = load("toyworld/clip", registry=registry)
+    StretchPositions(method="interpolate", context=92).apply(resampled)
+    assert not torch.allclose(
+        EncoderFeatures(resampled).texts(captions), EncoderFeatures(plain).texts(captions), atol=0.01
+    )
