@@ -86,9 +86,7 @@ def test_fact_4_stage_1_loss():
 
 def test_without_negatives_it_is_one_direction_of_the_contrastive_loss():
     logits = 50 * X @ Y5.T
-    assert float(hard_negative_nll(X, Y5, None, scale=50.0)["loss"]) == float(
-        F.cross_entropy(logits, torch.arange(8))
-    )
+    assert float(hard_negative_nll(X, Y5, None, scale=50.0)["loss"]) == float(F.cross_entropy(logits, torch.arange(8)))
     with_negatives = hard_negative_nll(X, Y5, Z, scale=50.0)["loss"]
     assert with_negatives > hard_negative_nll(X, Y5, None, scale=50.0)["loss"]  # more to be confused with
 
@@ -134,7 +132,9 @@ def test_fact_10_rates_fall_from_head_to_pixels():
 
 
 def test_fact_10_the_official_rule_misses_two_names():
-    rates = {n: layer_rate(f".tower.{n}", 24, decay=0.85, compat="official") for n in ("class_embedding", "conv1.weight")}
+    rates = {
+        n: layer_rate(f".tower.{n}", 24, decay=0.85, compat="official") for n in ("class_embedding", "conv1.weight")
+    }
     assert rates["class_embedding"] == layer_rate(".tower.ln_pre.bias", 24, decay=0.85, compat="official") == 1.0
     assert rates["conv1.weight"] == pytest.approx(0.85**25)
 
