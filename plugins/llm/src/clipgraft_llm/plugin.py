@@ -270,6 +270,13 @@ def clipgraft_claims() -> list[Component]:
         ),
     )
     return [
+        Component(
+            name="llm2clip",
+            target=f"{_PACKAGE}.llm2clip.claims:LLM2CLIP",
+            summary="A text model that knows more words finds pictures by descriptions no caption was written in",
+            needs=("clipgraft-toyworld",),
+            paper=LLM2CLIP,
+        ),
         Component(name=name, target=f"{_PACKAGE}.{target}", summary=summary, needs=("clipgraft-toyworld",), paper=paper)
         for name, target, summary, paper in rows
     ]
