@@ -250,6 +250,12 @@ def clipgraft_claims() -> list[Component]:
     """Claims."""
     rows = (
         (
+            "llm2clip",
+            "llm2clip.claims:LLM2CLIP",
+            "A text model that knows more words finds pictures by descriptions no caption was written in",
+            LLM2CLIP,
+        ),
+        (
             "long-clip",
             "longclip.claims:LONG_CLIP",
             "Long captions are read and found, short ones and classes kept",
@@ -270,13 +276,6 @@ def clipgraft_claims() -> list[Component]:
         ),
     )
     return [
-        Component(
-            name="llm2clip",
-            target=f"{_PACKAGE}.llm2clip.claims:LLM2CLIP",
-            summary="A text model that knows more words finds pictures by descriptions no caption was written in",
-            needs=("clipgraft-toyworld",),
-            paper=LLM2CLIP,
-        ),
         Component(name=name, target=f"{_PACKAGE}.{target}", summary=summary, needs=("clipgraft-toyworld",), paper=paper)
         for name, target, summary, paper in rows
     ]
