@@ -23,6 +23,12 @@ WISE_FT = "Wortsman et al., Robust fine-tuning of zero-shot models, CVPR 2022, a
 OPCM = "Tang et al., Merging Models on the Fly Without Retraining, NeurIPS 2025, arXiv 2501.09522"
 
 
+AGGLOMERATE = (
+    "Ranzinger et al., AM-RADIO: Agglomerative Vision Foundation Model, CVPR 2024, arXiv 2312.06709; PHI-S: "
+    "Distribution Balancing for Label-Free Multi-Teacher Distillation, arXiv 2410.01680"
+)
+
+
 @hookimpl
 def clipgraft_grafts() -> list[Component]:
     """Structural changes of a CLIP."""
@@ -68,6 +74,13 @@ def clipgraft_heads() -> list[Component]:
             config=f"{_PACKAGE}.fusion.head:FusionConfig",
             summary="Tokens or levels of two towers as one sequence, trainable",
             paper=COMM,
+        ),
+        Component(
+            name="adaptors",
+            target=f"{_PACKAGE}.agglomerate.adaptors:Adaptors",
+            config=f"{_PACKAGE}.agglomerate.adaptors:AdaptorsConfig",
+            summary="What a student of several teachers says in the words of each; made by the recipe agglomerate",
+            paper=AGGLOMERATE,
         ),
         Component(
             name="sam-masks",
@@ -135,6 +148,15 @@ def clipgraft_evaluators() -> list[Component]:
 def clipgraft_recipes() -> list[Component]:
     """Recipes."""
     return [
+        Component(
+            name="agglomerate",
+            target=f"{_PACKAGE}.agglomerate.recipe:AgglomerateRecipe",
+            config=f"{_PACKAGE}.agglomerate.config:AgglomerateConfig",
+            summary="One image tower learns from several teachers at once: CLIPs, a SAM, DINOv2, RADIO",
+            needs=("transformers>=4.56",),
+            paper=AGGLOMERATE,
+            presets=f"{_PACKAGE}.recipes",
+        ),
         Component(
             name="soup",
             target=f"{_PACKAGE}.recipes_merge.soup:SoupRecipe",
