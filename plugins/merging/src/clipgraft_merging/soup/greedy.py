@@ -21,7 +21,7 @@ from clipgraft.log import RunLog
 from clipgraft_merging.soup.judge import Judge
 from clipgraft_merging.soup.ledger import Ledger, Step, open_ledger
 from clipgraft_merging.weights.inputs import Inputs
-from clipgraft_merging.weights.linear import mean
+from clipgraft_merging.weights.linear import mean, total
 from clipgraft_merging.weights.stores import FileStore
 from clipgraft_merging.weights.writer import SafetensorsWriter
 
@@ -63,7 +63,7 @@ class GreedySoup:
 
     def merge(self, key: str, inputs: Inputs) -> Tensor:
         """The mean of the ingredients in the order in which the models were named."""
-        return mean((inputs.tensor(i, key) for i in sorted(self.ingredients)), count=len(self.ingredients))
+        return mean(key, inputs, sorted(self.ingredients))
 
 
 def search(
@@ -145,7 +145,7 @@ class RunningSum:
         if len(ingredients) < 2 or self._on_disk() == self.ingredients:
             self._store = FileStore([self.path]) if len(ingredients) > 1 else None
             return
-        self._write(lambda key: _total(self.inputs.tensor(i, key) for i in self.ingredients))
+        self._write(lambda key: total(key, self.inputs, self.ingredients))
 
     def add(self, model: int) -> None:
         """One more ingredient; the file is replaced when the new sum is whole."""
@@ -170,11 +170,11 @@ class RunningSum:
         self._store = None
         self.path.unlink(missing_ok=True)
 
-    def _means(self, total: Any, count: int) -> Iterator[tuple[str, Tensor]]:
+    def _means(self, summed: Any, count: int) -> Iterator[tuple[str, Tensor]]:
         inputs = self.inputs
         for key in inputs.keys:
             if inputs.dtype(key).is_floating_point:
-                merged = total(key).div_(count).to(inputs.dtype(key))
+                merged = summed(key).div_(count).to(inputs.dtype(key))
             else:
                 merged = inputs.reference.tensor(key)
             yield from inputs.under_each_name(key, merged)
@@ -183,7 +183,7 @@ class RunningSum:
         """A fresh fp64 tensor."""
         if self._store is not None:
             return self._store.read(key)
-        return _total(self.inputs.tensor(i, key) for i in self.ingredients if i != skip)
+        return total(key, self.inputs, [i for i in self.ingredients if i != skip])
 
     def _on_disk(self) -> list[int] | None:
         from safetensors import safe_open
@@ -195,16 +195,9 @@ class RunningSum:
         except Exception:  # absent, cut short or another program's: it is written again
             return None
 
-    def _write(self, total: Any) -> None:
+    def _write(self, summed: Any) -> None:
         entries = {key: (self.inputs.shape(key), torch.float64) for key in self.inputs.float_keys}
         with SafetensorsWriter(self.path, entries, {"ingredients": json.dumps(self.ingredients)}) as writer:
             for key in self.inputs.float_keys:
-                writer.write(key, total(key))
+                writer.write(key, summed(key))
         self._store = FileStore([self.path])
-
-
-def _total(tensors: Iterator[Tensor]) -> Tensor:
-    total = next(tensors).to(torch.float64, copy=True)
-    for tensor in tensors:
-        total += tensor
-    return total

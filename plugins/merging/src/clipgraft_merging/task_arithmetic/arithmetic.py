@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clipgraft.errors import InputError
 from clipgraft.log import RunLog
-from clipgraft_merging.weights.inputs import Inputs
+from clipgraft_merging.weights.inputs import BASE, Inputs
 from clipgraft_merging.weights.linear import combine
 
 
@@ -47,12 +47,4 @@ class TaskArithmetic:
         scales = self.scales if len(self.scales) > 1 else self.scales * len(inputs.models)
         rest = 1 - math.fsum(scales)
         rest = 0.0 if abs(rest) < 1e-12 else rest
-
-        def terms() -> Iterator[tuple[float, Tensor]]:
-            if rest:
-                yield rest, inputs.base_tensor(key)
-            for index, scale in enumerate(scales):
-                if scale:
-                    yield scale, inputs.tensor(index, key)
-
-        return combine(terms())
+        return combine(key, inputs, [(rest, BASE), *((scale, index) for index, scale in enumerate(scales))])

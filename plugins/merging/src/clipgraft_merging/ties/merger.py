@@ -14,7 +14,8 @@ from torch import Tensor
 from clipgraft.errors import InputError
 from clipgraft.log import RunLog
 from clipgraft_merging.ties.threshold import OrderStatistic
-from clipgraft_merging.weights.inputs import Inputs
+from clipgraft_merging.weights.inputs import BASE, Inputs
+from clipgraft_merging.weights.linear import pieces
 
 Keep = Literal["strict", "compat"]
 Reduce = Literal["mean", "sum"]
@@ -67,14 +68,16 @@ class Ties:
         keys = inputs.float_keys
         with log.progress("thresholds (merging/ties)", total=2 * len(keys)) as bar:
             for key in keys:
-                for index, tau in enumerate(task_vectors(key, inputs)):
-                    statistics[index].look(tau)
+                for start, stop in pieces(key, inputs):
+                    for each, tau in zip(statistics, task_vectors(key, inputs, start, stop), strict=True):
+                        each.look(tau)
                 bar.advance(note=key)
             for each in statistics:
                 each.aim(each.total - kept(each.total, self.density, keep=self.keep) + 1)
             for key in keys:
-                for index, tau in enumerate(task_vectors(key, inputs)):
-                    statistics[index].look_closer(tau)
+                for start, stop in pieces(key, inputs):
+                    for each, tau in zip(statistics, task_vectors(key, inputs, start, stop), strict=True):
+                        each.look_closer(tau)
                 bar.advance(note=key)
         self.thresholds = tuple(each.value for each in statistics)
 
@@ -93,31 +96,36 @@ class Ties:
                 yield key, self._merge(key, inputs, zero_sign=1 if self._signs > 0 else -1)[0]
 
     def _merge(self, key: str, inputs: Inputs, *, zero_sign: int) -> tuple[Tensor, int, bool]:
-        base = inputs.base_tensor(key)
-        up, down = (torch.zeros(base.shape, dtype=torch.float64) for _ in range(2))
-        ups, downs = (torch.zeros(base.shape, dtype=torch.int32) for _ in range(2))
-        for tau, threshold in zip(task_vectors(key, inputs), self.thresholds, strict=True):
-            tau[tau.abs() < threshold] = 0
-            up += tau.clamp_min(0)
-            down += tau.clamp_max(0)
-            ups += tau > 0
-            downs += tau < 0
-        sign = torch.sign(up + down)
-        tied = (sign == 0) & (ups > 0)
-        total, any_tied = int(sign.sum()), bool(tied.any())
-        if zero_sign:
-            sign[tied] = zero_sign
-        if self.merge_by == "mean":
-            up /= ups.clamp_min(1)
-            down /= downs.clamp_min(1)
-        merged = torch.where(sign > 0, up, torch.where(sign < 0, down, 0.0))
+        """The merged tensor, the sum of its elected signs, and whether one of them is zero for a tie."""
         if self.scale == 0:
-            return base, total, any_tied
-        return merged.mul_(self.scale).add_(base).to(base.dtype), total, any_tied
+            return inputs.base_tensor(key), 0, False
+        found = torch.empty(inputs.shape(key), dtype=inputs.dtype(key))
+        flat, signs, any_tied = found.view(-1), 0, False
+        for start, stop in pieces(key, inputs):
+            up, down = (torch.zeros(stop - start, dtype=torch.float64) for _ in range(2))
+            ups, downs = (torch.zeros(stop - start, dtype=torch.int32) for _ in range(2))
+            for tau, threshold in zip(task_vectors(key, inputs, start, stop), self.thresholds, strict=True):
+                tau[tau.abs() < threshold] = 0
+                up += tau.clamp_min(0)
+                down += tau.clamp_max(0)
+                ups += tau > 0
+                downs += tau < 0
+            sign = torch.sign(up + down)
+            tied = (sign == 0) & (ups > 0)
+            signs += int(sign.sum())
+            any_tied |= bool(tied.any())
+            if zero_sign:
+                sign[tied] = zero_sign
+            if self.merge_by == "mean":
+                up /= ups.clamp_min(1)
+                down /= downs.clamp_min(1)
+            merged = torch.where(sign > 0, up, torch.where(sign < 0, down, 0.0))
+            flat[start:stop] = merged.mul_(self.scale).add_(inputs.piece(BASE, key, start, stop))
+        return found, signs, any_tied
 
 
-def task_vectors(key: str, inputs: Inputs) -> Iterator[Tensor]:
-    """tau_i = theta_i - theta_0 in fp32, one at a time, free to be changed."""
-    base = inputs.base_tensor(key).float()
-    for tensor in inputs.tensors(key):
-        yield tensor.float() - base
+def task_vectors(key: str, inputs: Inputs, start: int, stop: int) -> Iterator[Tensor]:
+    """Numbers of tau_i = theta_i - theta_0 in fp32, a model at a time, free to be changed."""
+    base = inputs.piece(BASE, key, start, stop).float()
+    for index in range(len(inputs.models)):
+        yield inputs.piece(index, key, start, stop).float() - base

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -81,6 +82,21 @@ class Checkpoint:
         """Freshly read, in its own dtype; of a registered model the tensor itself, which must not be changed."""
         place = self.places[key]
         return place.of([self.store.read(self.store.aliases.get(name, name)) for name in place.names])
+
+    def piece(self, key: str, start: int, stop: int) -> Tensor:
+        """(stop - start,) numbers of the tensor in row-major order, not to be changed."""
+        place = self.places[key]
+        if not place.flat:
+            return self.tensor(key).flatten()[start:stop]
+        found, before = [], 0
+        for name in place.names:
+            name = self.store.aliases.get(name, name)
+            size = math.prod(self.store.entries[name].shape)
+            low, high = max(start - before, 0), min(stop - before, size)
+            if low < high:
+                found.append(self.store.piece(name, low, high))
+            before += size
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def stored_shape(self, key: str) -> tuple[int, ...]:
         """As ``shape``, but of the first tensor in the file that it is made of."""

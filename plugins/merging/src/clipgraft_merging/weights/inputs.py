@@ -14,6 +14,8 @@ from clipgraft.errors import InputError
 from clipgraft.log import RunLog
 from clipgraft_merging.weights.checkpoints import Checkpoint
 
+BASE = -1
+"""The base's index among the models."""
 SHOWN = 4
 """Names that a message lists."""
 
@@ -86,7 +88,7 @@ class Inputs:
         """The base's tensor in its own dtype, not to be changed; ``InputError`` without a base."""
         if self.base is None:
             raise InputError("this method needs the model that the others were fine-tuned from; give --base MODEL")
-        return self._read(-1, self.base, key)
+        return self._read(BASE, self.base, key)
 
     def tensor(self, index: int, key: str) -> Tensor:
         """Model ``index``'s tensor in its own dtype, not to be changed."""
@@ -95,6 +97,15 @@ class Inputs:
     def tensors(self, key: str) -> Iterator[Tensor]:
         """Every model's tensor in order, one in memory at a time."""
         return (self.tensor(index, key) for index in range(len(self.models)))
+
+    def piece(self, index: int, key: str, start: int, stop: int) -> Tensor:
+        """Numbers of model ``index``'s tensor, of the base's with ``BASE``: flat, row-major, not to be changed."""
+        if index == BASE and self.base is None:
+            return self.base_tensor(key)  # says what is missing
+        checkpoint = self.models[index] if self.base is None or index != BASE else self.base
+        if self._held is not None:
+            return self._read(index, checkpoint, key).flatten()[start:stop]
+        return _finite(checkpoint.piece(key, start, stop), key, checkpoint)
 
     def holding(self) -> Inputs:
         """The same, keeping what was read until ``release``: for several methods over few models."""
@@ -132,7 +143,7 @@ def finite(tensor: Tensor) -> bool:
 
 def _finite(tensor: Tensor, key: str, checkpoint: Checkpoint) -> Tensor:
     if not finite(tensor):
-        count = int((~torch.isfinite(tensor)).sum())
+        count = int((~torch.isfinite(checkpoint.tensor(key))).sum())
         raise InputError(
             f"{checkpoint.file(key)}: the tensor {key} holds {count} numbers that are NaN or infinite; "
             "leave this model out, or take an earlier checkpoint of it"

@@ -28,6 +28,11 @@ class Place:
     how: str = ""
     scalar: bool = False
 
+    @property
+    def flat(self) -> bool:
+        """Whether its numbers are those of ``names``, one after the other."""
+        return self.parts == 1 and self.how in ("", "batched")
+
     def of(self, tensors: Sequence[Tensor]) -> Tensor:
         """The tensors of ``names`` -> the canonical one; on the meta device it tells the shape."""
         if self.parts == 1 and len(tensors) == 1 and not self.how:

@@ -13,7 +13,7 @@ from clipgraft.errors import InputError, unknown_name
 from clipgraft.log import RunLog
 from clipgraft_merging.weights.checkpoints import Checkpoint
 from clipgraft_merging.weights.families import block_of
-from clipgraft_merging.weights.inputs import Inputs
+from clipgraft_merging.weights.inputs import BASE, Inputs
 from clipgraft_merging.weights.linear import combine
 
 FISHER_FLOOR = 1e-6
@@ -70,12 +70,8 @@ class WiseFt:
     def merge(self, key: str, inputs: Inputs) -> Tensor:
         """(1 - a) theta_0 + a theta_1; in this form the middle is exactly the mean."""
         a = self.alpha_of(key)
-        if a == 0:
-            return inputs.base_tensor(key)
-        if a == 1:
-            return inputs.tensor(0, key)
-        if self.fishers is None:
-            return combine([(1 - a, inputs.base_tensor(key)), (a, inputs.tensor(0, key))])
+        if self.fishers is None or a in (0, 1):
+            return combine(key, inputs, [(1 - a, BASE), (a, 0)])
         old, new = (f.tensor(key).double().clamp_min(self.floor) for f in self.fishers)
         share = old.mul_(1 - a).add_(new.mul_(a)).reciprocal_().mul_(new)  # c_1 / (c_0 + c_1)
         base, tuned = inputs.base_tensor(key), inputs.tensor(0, key)
