@@ -214,6 +214,41 @@ def clipgraft_claims() -> list[Component]:
     """Claims."""
     return [
         Component(
+            name="soup",
+            target=f"{_PACKAGE}.recipes_merge.claims:SOUP",
+            summary="A soup of four fine-tunes is better than they are on average and than the chosen one",
+            needs=("clipgraft-toyworld",),
+            paper=SOUPS,
+        ),
+        Component(
+            name="wise-ft",
+            target=f"{_PACKAGE}.recipes_merge.claims:WISE",
+            summary="Between base and fine-tune lies a model that is better under a shift than both",
+            needs=("clipgraft-toyworld",),
+            paper=WISE_FT,
+        ),
+        Component(
+            name="wise-ft-over-gentle",
+            target=f"{_PACKAGE}.recipes_merge.claims:OVER_GENTLE",
+            summary="The same point against a fine-tune at a quarter of the learning rate",
+            needs=("clipgraft-toyworld",),
+            paper=WISE_FT,
+        ),
+        Component(
+            name="opcm",
+            target=f"{_PACKAGE}.recipes_merge.claims:OPCM",
+            summary="Five models merged one after another: more is kept than by task arithmetic or averaging",
+            needs=("clipgraft-toyworld",),
+            paper=OPCM,
+        ),
+        Component(
+            name="opcm-backward",
+            target=f"{_PACKAGE}.recipes_merge.claims:BACKWARD",
+            summary="Backward transfer of OPCM against continual task arithmetic",
+            needs=("clipgraft-toyworld",),
+            paper=OPCM,
+        ),
+        Component(
             name="clip-moe",
             target=f"{_PACKAGE}.moe.claims:CLIP_MOE",
             summary="Detailed captions are retrieved better than after dense fine-tuning, and zero-shot is kept",

@@ -111,7 +111,9 @@ class OpcmRecipe:
                     for t in range(1, len(order) + 1):
                         if run.stop_requested:
                             raise Interrupted(f"stopped in {MERGE}; continue with --resume {run.path}")
-                        book.row(f"{method}/{k}/{t}", partial(self._step, run, method, out, order[:t]))
+                        shown = (method, k) == (self.config.method, 0)  # in the picture; else what the means need
+                        wanted = order[:t] if shown or t == len(order) else order[t - 1 : t]
+                        book.row(f"{method}/{k}/{t}", partial(self._step, run, method, out, order[:t], wanted))
                         bar.advance(note=f"{method}, {order[t - 1]}")
                     if (method, k) != (self.config.method, 0):
                         shutil.rmtree(out, ignore_errors=True) if run.is_main else None
@@ -128,8 +130,8 @@ class OpcmRecipe:
             metrics={f"{key}/{name}": value for name, s in told.items() for key, value in s.as_dict().items()},
         )
 
-    def _step(self, run: Run, method: Method, out: Path, names: list[str]) -> dict[str, float]:
-        """Merge the last of ``names`` into ``out`` unless that was done, and measure every task so far."""
+    def _step(self, run: Run, method: Method, out: Path, names: list[str], wanted: list[str]) -> dict[str, float]:
+        """Merge the last of ``names`` into ``out`` unless that was done, and measure the tasks ``wanted``."""
         from clipgraft_merging.opcm.merger import merge_into, new_state
         from clipgraft_merging.opcm.state import read_state
         from clipgraft_merging.weights.engine import open_inputs
@@ -140,7 +142,7 @@ class OpcmRecipe:
                 inputs = open_inputs([self.model(run, names[-1])], base=self.config.model.from_, registry=run.registry)
                 merge_into(out, inputs, state or new_state(inputs, self.settings(method)), registry=run.registry)
         run.accelerator.wait_for_everyone()
-        return self._measured(run, str(out), names)
+        return self._measured(run, str(out), wanted)
 
     def _measured(self, run: Run, model: str, names: list[str]) -> dict[str, float]:
         """{task: the judge's first metric}."""
