@@ -46,7 +46,7 @@ def settings(world, **more):
 
 def moe(world, **more):
     both = {"experts.train": TRAIN, "router.train": TRAIN, "experts.stages": 2, "experts.clusters": 2}
-    return settings(world, **both, **more)
+    return settings(world, **(both | more))
 
 
 def registry():
@@ -126,7 +126,7 @@ class Stopper:
             run.stop_requested = True
 
 
-@pytest.mark.parametrize("stage", ["experts-2", "router"])
+@pytest.mark.parametrize("stage", [pytest.param("experts-2", marks=pytest.mark.slow), "router"])
 def test_a_stopped_run_resumes_to_the_same_bits(world, done, tmp_path, stage, monkeypatch):
     import clipgraft.runner
 
@@ -203,15 +203,20 @@ def both_ranks(folder, recipe, overrides):
 
 
 @pytest.mark.slow
-def test_two_ranks_find_the_weights_of_one_process(world, done, tmp_path):
-    run_ranks(both_ranks, 2, tmp_path / "two", "clip-moe", moe(world))
-    ours, theirs = tensors(tmp_path / "two"), tensors(done.run)
+def test_two_ranks_find_the_weights_of_one_process(world, tmp_path):
+    plain = TRAIN | {"optimizer": "sgd", "lr": 0.05}  # Adam makes a step of any difference in a gradient near zero
+    overrides = moe(
+        world, **{"experts.stages": 1, "experts.train": plain, "router.train": plain, "router.tune": "experts"}
+    )
+    one = run_recipe("clip-moe", overrides=overrides, out=tmp_path / "one", registry=registry())
+    run_ranks(both_ranks, 2, tmp_path / "two", "clip-moe", overrides)
     labels = [
-        load_file(r / "stages/02-clusters-2/result/labels.safetensors")["labels"] for r in (tmp_path / "two", done.run)
+        load_file(r / "stages/00-clusters-1/result/labels.safetensors")["labels"] for r in (tmp_path / "two", one.run)
     ]
     assert labels[0].equal(labels[1])
+    ours, theirs = tensors(tmp_path / "two"), tensors(one.run)
     for key in ours:
-        torch.testing.assert_close(ours[key], theirs[key], atol=2e-4, rtol=1e-3)
+        torch.testing.assert_close(ours[key], theirs[key], atol=2e-6, rtol=1e-4)
 
 
 def ewa(world, **more):
