@@ -24,7 +24,7 @@ from clipgraft_video.evaluate import Views, classify, retrieve
 from clipgraft_video.heads import Mean
 from clipgraft_video.mixing import Mixing
 from clipgraft_video.model import VideoModel, open_video_model
-from clipgraft_video.stage import VideoStage
+from clipgraft_video.stage import Seen, VideoStage
 from clipgraft_video.vifi.recipe import choose
 
 SIZE = 32
@@ -129,7 +129,14 @@ def test_the_loss_of_classes_is_cross_entropy_over_all_of_them() -> None:
     out, texts = one(given), model.texts(["a cat", "a dog"])
     scores = model.encoder.logit_scale.exp() * model(given.extra["frames"]).unit() @ texts.T
     assert torch.allclose(out.loss, F.cross_entropy(scores, given.labels), atol=1e-5)
-    assert one.texts() is one.texts()  # nothing in the text tower is trained: read once
+    chosen = ("a cat", "a dog")
+    assert one.texts(chosen) is one.texts(chosen)  # nothing in the text tower is trained: read once
+
+
+class Three(torch.nn.Module):
+    def forward(self, seen: Seen) -> dict[str, torch.Tensor]:
+        assert seen.chosen == ("cat", "dog") and seen.clips.shape == (4, 3, 3, SIZE, SIZE)
+        return {"loss": seen.video.pooled.sum() * 0 + 3}
 
 
 def test_more_terms_add_to_the_loss_with_their_weights() -> None:

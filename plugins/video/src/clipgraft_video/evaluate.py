@@ -57,10 +57,11 @@ def prompts_of(source: Source, templates: Sequence[str], classes: Sequence[str] 
 
 @torch.no_grad()
 def class_texts(model: VideoModel, prompts: Sequence[Sequence[str]]) -> Tensor:
-    """(K, D) of length one: the mean of unit texts per class."""
-    flat = [text for texts in prompts for text in texts]
-    rows = torch.split(model.texts(flat), [len(texts) for texts in prompts])
-    return torch.nn.functional.normalize(torch.stack([row.mean(0) for row in rows]), dim=-1)
+    """(K, D) as the head wants them: the mean of a class's unit texts, of length one; or the mean of raw texts."""
+    raw, flat = model.pooling.raw_texts, [text for texts in prompts for text in texts]
+    rows = torch.split(model.texts(flat, raw=raw), [len(texts) for texts in prompts])
+    mean = torch.stack([row.mean(0) for row in rows])
+    return mean if raw else torch.nn.functional.normalize(mean, dim=-1)
 
 
 def look(

@@ -36,9 +36,13 @@ class VideoFeatures:
 
 
 class VideoHead(nn.Module, ABC):
-    """From the image tower's features of B T frames to a video's. ``want``: what it asks of the tower."""
+    """From the image tower's features of B T frames to a video's. ``want``: what it asks of the tower.
+
+    ``raw_texts``: its scores need text embeddings as they are, not of length one.
+    """
 
     want: FeatureRequest = FeatureRequest()
+    raw_texts: bool = False
     registered: tuple[str, dict[str, Any]]
 
     @abstractmethod
@@ -46,7 +50,7 @@ class VideoHead(nn.Module, ABC):
         """Features of B T frames, T = ``frames`` -> of B videos."""
 
     def logits(self, video: VideoFeatures, texts: Tensor, scale: Tensor) -> Tensor:
-        """Unit ``texts`` (K, D) and the exponentiated ``scale`` () -> (B, K) scores."""
+        """``texts`` (K, D), of length one unless ``raw_texts``, and the exponentiated ``scale`` () -> (B, K) scores."""
         return scale * video.unit() @ texts.T
 
 

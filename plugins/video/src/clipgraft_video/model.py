@@ -60,11 +60,11 @@ class VideoModel(nn.Module):
         return found
 
     def logits(self, video: VideoFeatures, texts: Tensor) -> Tensor:
-        """Unit texts (K, D) -> (B, K)."""
+        """Texts (K, D) as the head wants them -> (B, K)."""
         return self.pooling.logits(video, texts, self.encoder.logit_scale.exp())
 
-    def texts(self, texts: list[str], *, batch_size: int = 256) -> Tensor:
-        """(K, D) of length one, with a graph when the text tower is trained."""
+    def texts(self, texts: list[str], *, raw: bool = False, batch_size: int = 256) -> Tensor:
+        """(K, D) of length one, or ``raw`` as the tower gives them; with a graph when the text tower is trained."""
         encoder, text = self.encoder, self.encoder.text
         if text is None:
             raise InputError(f"{encoder.data.origin.uri} has no text tower; classes and queries need one")
@@ -72,7 +72,8 @@ class VideoModel(nn.Module):
         for part in torch.split(ids, batch_size):
             _, features = encoder(text=text.trim(part))
             assert features is not None
-            found.append(F.normalize(features.pooled.float(), dim=-1))
+            pooled = features.pooled.float()
+            found.append(pooled if raw else F.normalize(pooled, dim=-1))
         return torch.cat(found)
 
 

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from clipgraft.spec import CommandSpec, Component, hookimpl
 
 _PACKAGE = "clipgraft_video"
+EZCLIP = "Ahmad et al., EZ-CLIP: Efficient Zero-Shot Video Action Recognition, arXiv 2312.08010"
+FROSTER = (
+    "Huang et al., FROSTER: Frozen CLIP Is A Strong Teacher for Open-Vocabulary Action Recognition, ICLR 2024, "
+    "arXiv 2402.03241"
+)
+TEMPME = (
+    "Shen et al., TempMe: Video Temporal Token Merging for Efficient Text-Video Retrieval, ICLR 2025, arXiv 2409.01156"
+)
+XCLIP = (
+    "Ni et al., Expanding Language-Image Pretrained Models for General Video Recognition, ECCV 2022, arXiv 2208.02816"
+)
 VIFI = "Rasheed et al., Fine-tuned CLIP Models are Efficient Video Learners, CVPR 2023, arXiv 2212.03640"
 
 
@@ -42,17 +55,41 @@ def clipgraft_heads() -> list[Component]:
 
 
 @hookimpl
+def clipgraft_grafts() -> list[Component]:
+    """Image towers whose frames see each other."""
+    rows = (
+        ("x-clip", "xclip.graft:XClipGraft", "Frames exchange messages in every block; prompts by videos", XCLIP),
+        ("ez-clip", "ezclip.graft:EzClipGraft", "Temporal prompts and adapters in frozen towers", EZCLIP),
+        ("neighbours", "froster.view:FrosterView", "Frames attend to their neighbours, without parameters", FROSTER),
+        ("tempme", "tempme.graft:TempMeGraft", "Tokens merge within and between frames; low-rank updates", TEMPME),
+    )
+    return [
+        Component(name=name, target=target, config=target, summary=summary, paper=paper)
+        for name, where, summary, paper in rows
+        for target in [f"{_PACKAGE}.{where}"]
+    ]
+
+
+@hookimpl
 def clipgraft_recipes() -> list[Component]:
     """Recipes."""
+    rows = (
+        ("vifi-clip", "vifi.recipe", "ViFiClip", "VifiConfig", "Fine-tune; a video is the mean of its frames", VIFI),
+        ("x-clip", "xclip.recipe", "XClip", "XClipConfig", "Messages between frames, prompts by videos", XCLIP),
+        ("ez-clip", "ezclip.recipe", "EzClip", "EzClipConfig", "Temporal prompts, adapters, a motion loss", EZCLIP),
+        ("froster", "froster.recipe", "Froster", "FrosterConfig", "Fine-tune beside the frozen CLIP", FROSTER),
+        ("tempme", "tempme.recipe", "TempMe", "TempMeConfig", "Retrieval with tokens merged over frames", TEMPME),
+    )
     return [
         Component(
-            name="vifi-clip",
-            target=f"{_PACKAGE}.vifi.recipe:ViFiClip",
-            config=f"{_PACKAGE}.vifi.recipe:VifiConfig",
-            summary="Fine-tune a CLIP on videos, whose embedding is the mean over frames",
-            paper=VIFI,
+            name=name,
+            target=f"{_PACKAGE}.{module}:{recipe}",
+            config=f"{_PACKAGE}.{module}:{config}",
+            summary=summary,
+            paper=paper,
             presets=f"{_PACKAGE}.recipes",
         )
+        for name, module, recipe, config, summary, paper in rows
     ]
 
 
@@ -67,6 +104,16 @@ def clipgraft_evaluators() -> list[Component]:
         )
         for target in [f"{_PACKAGE}.evaluator:{attribute}"]
     ]
+
+
+@hookimpl
+def clipgraft_open(uri: str) -> Any:
+    """``xclip:DIR``: what transformers' XCLIPModel saved."""
+    if not uri.startswith("xclip:"):
+        return None
+    from clipgraft_video.xclip.transformers_import import open_xclip
+
+    return open_xclip(uri.removeprefix("xclip:"))
 
 
 @hookimpl

@@ -96,3 +96,14 @@ def _lengths(run: Run, prompts: list[list[str]], encoder: Encoder) -> None:
     full = int((ids[:, -1] != encoder.tokenizer.pad_id).sum())
     if full:
         run.log.info(f"{full} of {len(flat)} class texts fill the context of {ids.shape[1]} tokens and may be cut")
+
+
+def frames_of_data(source: Source) -> int | None:
+    """Frames per clip of a source; None when it has none to look at."""
+    clip = getattr(source, "clip", None)
+    if clip is not None:
+        return int(clip.frames)
+    for index in range(min(len(source), 1)):
+        frames = source[index].extra.get("frames")
+        return None if frames is None else len(frames)
+    return None

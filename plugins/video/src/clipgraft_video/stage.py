@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -22,8 +23,21 @@ from clipgraft_video.model import VideoModel
 from clipgraft_video.objectives import caption_contrast, label_contrast
 
 Objective = Literal["classes", "labels", "captions"]
-Term = Callable[[VideoFeatures, Tensor, Batch], Mapping[str, Tensor]]
-"""A further part of the loss: (features, clips (B, T, 3, S, S) float, batch) -> scalars by name, "loss" among them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What one step saw, for further parts of the loss.
+
+    ``video``, ``texts`` (K, D) and the ``chosen`` words behind them (empty for captions), ``clips`` (B, T, 3, S, S) in
+    [0, 1] after mixing, ``batch``.
+    """
+
+    video: VideoFeatures
+    texts: Tensor | None
+    chosen: tuple[str, ...]
+    clips: Tensor
+    batch: Batch
 
 
 class VideoStage(TrainStage):
@@ -31,8 +45,9 @@ class VideoStage(TrainStage):
 
     ``classes``: cross entropy over the texts of all K classes (ViFi-CLIP, X-CLIP, FROSTER); ``labels``: contrast inside
     the batch, where videos of one class are all right (EZ-CLIP); ``captions``: contrast with one caption per video.
-    ``prompts`` are the texts per class; with several, each step draws one. ``terms`` add to the loss, with weights. A
-    text tower without trainable parameters is read once and kept.
+    ``prompts`` are the texts per class; with several, each step draws one. ``terms`` {name: (weight, module)} add to
+    the loss; a module maps ``Seen`` to scalars by name, "loss" among them. A text tower without trainable parameters is
+    read once and kept.
     """
 
     def __init__(
@@ -46,7 +61,7 @@ class VideoStage(TrainStage):
         prompts: Sequence[Sequence[str]] = (),
         smoothing: float = 0.0,
         mixing: Mixing | None = None,
-        terms: Mapping[str, tuple[float, Term]] | None = None,
+        terms: Mapping[str, tuple[float, nn.Module]] | None = None,
         groups: Sequence[Mapping[str, Any]] = (),
         max_logit_scale: float | None = None,
     ) -> None:
@@ -56,7 +71,8 @@ class VideoStage(TrainStage):
         self.wants_text = objective == "captions"
         self.model, self.objective, self.prompts = model, objective, [list(texts) for texts in prompts]
         self.smoothing, self.mixing, self.groups = smoothing, mixing or Mixing(), list(groups)
-        self.terms = dict(terms or {})
+        self.terms = nn.ModuleDict({key: module for key, (_, module) in (terms or {}).items()})
+        self.weights = {key: weight for key, (weight, _) in (terms or {}).items()}
         self.max_logit_scale = max_logit_scale
         self._kept: Tensor | None = None
         if objective != "captions" and len(self.prompts) < 2:
@@ -67,14 +83,14 @@ class VideoStage(TrainStage):
         if "frames" not in batch.extra:
             raise InputError(f"{self.source.name} holds pictures, no videos; use video:DIR or video:LIST")
         clips = batch.extra["frames"].float() / 255
-        loss, terms, video = self._objective(clips, batch)
-        for name, (weight, term) in self.terms.items():
-            found = term(video, clips, batch)
-            loss = loss + weight * found["loss"]
+        loss, terms, seen = self._objective(clips, batch)
+        for name, term in self.terms.items():
+            found = term(seen)
+            loss = loss + self.weights[name] * found["loss"]
             terms |= {f"{name}.{key}": value.detach() for key, value in found.items()}
         return StepOutput(loss, terms, len(batch))
 
-    def _objective(self, clips: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor], VideoFeatures]:
+    def _objective(self, clips: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Seen]:
         if self.objective == "captions":
             assert batch.text is not None
             video = self.model(clips)
@@ -82,34 +98,38 @@ class VideoStage(TrainStage):
             scale = self.model.encoder.logit_scale.exp()
             with torch.autocast(clips.device.type, enabled=False):
                 loss = caption_contrast(video.unit().float(), F.normalize(text.pooled.float(), dim=-1), scale)
-            return loss, {"captions": loss.detach()}, video
+            return loss, {"captions": loss.detach()}, Seen(video, None, (), clips, batch)
         if batch.labels is None:
             raise InputError(f"{self.source.name} has videos without labels; give a list with labels, or class folders")
-        texts, labels = self.texts(), batch.labels
+        chosen, labels = self._chosen(), batch.labels
+        texts = self.texts(chosen)
         if self.objective == "labels":
             video = self.model(clips)
             logits = self.model.logits(video, texts)
-            loss = label_contrast(video.unit(), texts, labels, scale=self.model.encoder.logit_scale.exp())
+            unit = F.normalize(texts, dim=-1)
+            loss = label_contrast(video.unit(), unit, labels, scale=self.model.encoder.logit_scale.exp())
         else:
             clips, targets = self.mixing(clips, targets_of(labels, len(texts), smoothing=self.smoothing))
             video = self.model(clips)
             logits = self.model.logits(video, texts)
             loss = soft_cross_entropy(logits, targets)
         right = (logits.argmax(-1) == labels).float().mean()
-        return loss, {self.objective: loss.detach(), "accuracy": right.detach()}, video
+        parts = {self.objective: loss.detach(), "accuracy": right.detach()}
+        return loss, parts, Seen(video, texts, chosen, clips, batch)
 
-    def texts(self) -> Tensor:
-        """(K, D) of length one; kept when nothing in the text tower is trained and every class has one text."""
+    def _chosen(self) -> tuple[str, ...]:
+        """One text per class, drawn where a class has several."""
+        return tuple(t[0] if len(t) == 1 else t[int(torch.randint(len(t), ()))] for t in self.prompts)
+
+    def texts(self, chosen: tuple[str, ...]) -> Tensor:
+        """(K, D) as the head wants them; kept when no text tower is trained and every class has one text."""
         text: nn.Module | None = self.model.encoder.text
         trained = text is not None and any(p.requires_grad for p in text.parameters())
         if self._kept is not None and not trained:
             return self._kept
-        several = any(len(texts) > 1 for texts in self.prompts)
-        at = [int(torch.randint(len(texts), ())) if several else 0 for texts in self.prompts]
-        chosen = [texts[k] for texts, k in zip(self.prompts, at, strict=True)]
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            found = self.model.texts(chosen)
-        if not trained and not several:
+            found = self.model.texts(list(chosen), raw=self.model.pooling.raw_texts)
+        if not trained and all(len(texts) == 1 for texts in self.prompts):
             self._kept = found
         return found
 

@@ -1,0 +1,27 @@
+"""A plugin's own graft on a run's encoder, under its name, so that the export rebuilds it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from clipgraft.config.schema import Config, GraftNode
+from clipgraft.encoders import apply_grafts
+from clipgraft.encoders.base import Encoder
+
+if TYPE_CHECKING:
+    from clipgraft.runner import Run
+
+
+def grafted(run: Run, name: str, settings: Config) -> Encoder:
+    """The run's encoder with ``name``, unless it has it already (a model that was trained so before)."""
+    encoder = run.encoder
+    if any(applied.name == name for applied in encoder.data.grafts):
+        return encoder
+    return apply_grafts(encoder, [GraftNode(use=name, **settings.model_dump())], run.registry)
+
+
+def has_frames(settings_frames: int, data_frames: int | None, *, what: str) -> list[str]:
+    """A line when a method's number of frames isn't that of the data."""
+    if data_frames is None or data_frames == settings_frames:
+        return []
+    return [f"{what}: the method has frames={settings_frames}, data.from gives {data_frames}; make them equal"]
