@@ -23,9 +23,9 @@ INTERPOLATED = Arm(
     note="all positions resampled alike and trained, as open_clip would on loading",
 )
 TUNED = (
-    "settings on the tuning split: 40, 60, 100 and 200 steps at 3e-4, 5e-4 and 1e-3, 8 and 16 components, mostly on base "
-    "0; then these on all three bases: long recall at 1 (text to image) .65, .54 and .60 from .08, .05 and .11; short "
-    "recall at 10 .60, .62 and .63 from .63, .60 and .63; zero-shot .85, .83 and .86 from .80, .81 and .86"
+    "settings on the tuning split: 40, 60, 100 and 200 steps at 3e-4, 5e-4 and 1e-3, 8 and 16 components, mostly on "
+    "base 0; then these on all three bases: long recall at 1 (text to image) .65, .54 and .60 from .08, .05 and .11; "
+    "short recall at 10 .60, .62 and .63 from .63, .60 and .63; zero-shot .85, .83 and .86 from .80, .81 and .86"
 )
 
 LONG_CLIP = Claim(
@@ -88,7 +88,7 @@ COMPONENTS = Claim(
     budget=240,
     shares=FOLDER,
     tried=(
-        f"{TUNED}. There whole images gave .66 and zero-shot .87 on base 2 and .71 and .80 on base 0 (with another rate), "
+        f"{TUNED}. There whole images gave .66 and zero-shot .87 on base 2, .71 and .80 on base 0 (with another rate), "
         "so it was not expected to hold"
     ),
 )
