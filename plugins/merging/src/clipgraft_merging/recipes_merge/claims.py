@@ -39,7 +39,10 @@ SOUP = Claim(
     ),
     kept=(),
     budget=300,
-    tried=f"{ON_ONE_BASE}",
+    tried=(
+        f"{ON_ONE_BASE}, once: the soup .850, its ingredients .837 on average, .832 the chosen one and .849 the best; "
+        "before .785"
+    ),
 )
 
 FINE_TUNED = Arm(

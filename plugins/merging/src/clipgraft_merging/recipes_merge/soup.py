@@ -71,7 +71,7 @@ class SoupRecipe:
     def references(self, run: Run) -> list[str]:
         """Every ingredient, in order."""
         return [
-            v if isinstance(v, str) else str(run.stage_folder(f"ingredient-{k}") / "result" / "encoder")
+            v if isinstance(v, str) else str(run.stage_folder(f"ingredient-{k}").absolute() / "result" / "encoder")
             for k, v in enumerate(self.config.ingredients, 1)
         ]
 
