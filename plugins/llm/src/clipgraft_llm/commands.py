@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from clipgraft_llm import command_cache, command_negatives, command_reinforce
+from clipgraft_llm import command_cache, command_import_long_clip, command_negatives, command_reinforce
 
 app = typer.Typer(no_args_is_help=True, help="Other text towers, longer texts, sharper words.")
 
@@ -17,3 +17,4 @@ def llm() -> None:
 app.command("cache")(command_cache.cache)
 app.command("negatives")(command_negatives.negatives)
 app.command("reinforce-data")(command_reinforce.reinforce_data)
+app.command("import-long-clip")(command_import_long_clip.import_long_clip)
