@@ -185,6 +185,21 @@ def test_open_clip_alone_reads_the_export(tmp_path):
     assert again.tokenizer.context_length == 300
 
 
+def test_beside_adapters_both_become_plain_weights():
+    registry, encoder = Registry.discover(), bpe_clip()
+    nodes = [GraftNode(use="llm/stretch-positions"), GraftNode(use="core/lora", rank=2, towers=["text"])]
+    apply_grafts(encoder, nodes, registry)
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            if "parametrizations" in name:
+                parameter.add_(0.1)
+    before = features(encoder, SHORT + LONG)
+    assert not encoder.text.tower.parametrizations.positional_embedding.original.requires_grad, "as all but adapters"
+    merge_grafts(encoder)
+    assert not any("parametrizations" in name for name in encoder.state_dict()) and not encoder.data.grafts
+    assert torch.allclose(features(encoder, SHORT + LONG), before, atol=1e-5)
+
+
 def test_with_frozen_towers_the_rows_are_frozen_too():
     encoder = bpe_clip()
     encoder.requires_grad_(False)

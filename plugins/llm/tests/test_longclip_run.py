@@ -12,9 +12,11 @@ from clipgraft.checkpoint import open_export, write_export
 from clipgraft.config.schema import TrainConfig
 from clipgraft.data import open_source
 from clipgraft.encoders.tokenizers import BpeTokenizer
-from clipgraft.errors import InputError
+from clipgraft.errors import InputError, Interrupted
 from clipgraft.execution import run_recipe
 from clipgraft.registry import Registry
+from clipgraft.runhooks import RunHooks
+from clipgraft.spec import runhook
 from clipgraft.stage import ContrastiveStage
 from clipgraft.testing.tiny import tiny_clip
 from clipgraft.types import Batch
@@ -123,6 +125,7 @@ def batch_of(stage, n=8):
 def test_the_step_is_both_losses_with_one_scale(pictures):
     stage = stage_of(pictures, pcm=PcmConfig(components=3, weight=0.5), smoothing=0.1)
     batch = batch_of(stage)
+    assert not [name for name in stage.state_dict() if not name.startswith("encoder.")]
     assert isinstance(stage, ContrastiveStage) and stage.training_crop is None
     with torch.no_grad():
         output, (image, long, short) = stage(batch), [torch.nn.functional.normalize(f) for f in stage.encode(batch)]
@@ -196,6 +199,34 @@ def test_a_run_leaves_a_plain_clip_with_the_long_context(trained, base):
 def test_the_evaluation_says_that_nothing_is_cut_any_more(trained):
     found = json.loads((trained[0] / "evaluations.json").read_text())["after"]["llm/long-retrieval"]
     assert found["truncated"] == 0 and found["tokens"] > 20
+
+
+class Stop:
+    """Asks the run to stop after its second step."""
+
+    observer = False
+
+    @runhook
+    def after_step(self, run, step):
+        run.stop_requested = step == 1
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, base, pictures, registry, monkeypatch):
+    given = settings(base, pictures, **{"decay": "all", "train.steps": 4})
+    run_recipe("long-clip", overrides=given, out=tmp_path / "straight", registry=registry)
+    made = RunHooks.__init__
+
+    def with_stop(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        self.register(Stop(), "stop")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunHooks, "__init__", with_stop)
+        with pytest.raises(Interrupted, match="after step 2"):
+            run_recipe("long-clip", overrides=given, out=tmp_path / "cut", registry=registry)
+    run_recipe(resume=tmp_path / "cut", registry=registry)
+    one, two = (open_export(tmp_path / name / "export").state_dict() for name in ("straight", "cut"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_chunks_train_as_the_whole_batch_does(tmp_path, base, pictures, registry):

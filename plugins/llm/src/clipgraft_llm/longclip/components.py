@@ -26,26 +26,32 @@ class _Leading(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, count: int) -> Tensor:
-        scatter = x.double().T @ x.double()  # (D, D); twice the digits, since it squares the singular values
+        wide = _wide(x)
+        scatter = wide.T @ wide  # (D, D); twice the digits, since it squares the singular values
         values, vectors = torch.linalg.eigh(torch.nan_to_num(scatter))  # ascending; NaN stays in x, for the loss
         ctx.save_for_backward(x, values, vectors)
         ctx.count = count
         kept = vectors[:, -count:]
-        return (x.double() @ kept @ kept.T).to(x.dtype)
+        return (wide @ kept @ kept.T).to(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         x, values, vectors = ctx.saved_tensors
-        wide, gradient, kept = x.double(), grads[0].double(), vectors[:, -ctx.count :]
+        wide, gradient, kept = _wide(x), _wide(grads[0]), vectors[:, -ctx.count :]
         moved = vectors.T @ (wide.T @ gradient) @ vectors  # (D, D) in the basis of the vectors
         gaps = values[None, -ctx.count :] - values[: -ctx.count, None]  # (D - k, k), none negative
-        shares = (moved + moved.T)[: -ctx.count, -ctx.count :] / gaps.clamp(min=GAP * float_max(values))
+        shares = (moved + moved.T)[: -ctx.count, -ctx.count :] / gaps.clamp(min=GAP * _largest(values))
         turn = vectors[:, : -ctx.count] @ shares @ kept.T  # (D, D)
-        return (gradient @ kept @ kept.T + wide @ (turn + turn.T)).to(x.dtype), None
+        return (gradient @ kept @ kept.T + wide @ (turn + turn.T)).to(x), None
 
 
-def float_max(values: Tensor) -> Tensor:
-    """The largest of (D,) ascending values, above zero."""
+def _wide(x: Tensor) -> Tensor:
+    """``x`` in float64, which Apple's GPUs lack: there on the CPU."""
+    return x.cpu().double() if x.device.type == "mps" else x.double()
+
+
+def _largest(values: Tensor) -> Tensor:
+    """The last of (D,) ascending values, above zero."""
     return values[-1].clamp(min=torch.finfo(values.dtype).tiny)
 
 

@@ -47,4 +47,4 @@ def stretched(positions: Tensor, matrix: Tensor) -> Tensor:
 
     Deviation: the official code computes in half precision.
     """
-    return (matrix.to(positions.device) @ positions.detach().double()).to(positions.dtype)
+    return (matrix @ positions.detach().cpu().double()).to(positions)  # some devices have no float64

@@ -41,7 +41,7 @@ class LongClipStage(ContrastiveStage):
         super().__init__(name, train=train, source=source)
         if encoder.text is None:
             raise ClipgraftError(f"{name}: the encoder has no text tower")
-        self.encoder, self.text, self.pcm = encoder, encoder.text, pcm
+        self.encoder, self.pcm = encoder, pcm
         self.smoothing, self.max_scale, self.decay_all = smoothing, max_scale, decay_all
         self.training_crop = (0.9, 1.0) if augment else None
         if scale is not None:
@@ -52,10 +52,11 @@ class LongClipStage(ContrastiveStage):
 
     def encode(self, batch: Batch) -> tuple[Tensor, ...]:
         """Images, long captions and, unless the weight is 0, short ones: (b, D) each, not normalised."""
-        assert batch.text is not None  # wants_text
+        text = self.encoder.text
+        assert batch.text is not None and text is not None  # wants_text; looked at above
         image = self.encoder.image(self.encoder.preprocess.normalize(batch.pixels)).pooled
         ids = [batch.text] + ([batch.extra[SHORT]] if self.pcm.weight else [])
-        return (widened(image), *(widened(self.text(self.text.trim(each)).pooled) for each in ids))
+        return (widened(image), *(widened(text(text.trim(each)).pooled) for each in ids))
 
     def loss_from(self, features: tuple[Tensor, ...], batch: Batch) -> StepOutput:
         """Both losses over the global batch, with one scale; reduced images stay shorter than one."""
