@@ -9,7 +9,7 @@ from clipgraft.data.base import PairSource, Source
 from clipgraft.errors import InputError
 from clipgraft_toyworld.sources import Images, MinimalPairs
 from clipgraft_toyworld.task_sources import Crowds, Defects, Videos
-from clipgraft_toyworld.world import BLOCK, DETAILS, SHAPES, SPLITS
+from clipgraft_toyworld.world import BLOCK, COLORS, DETAILS, SHAPES, SPLITS
 
 
 def build(split="train", n=12, seed=0):
@@ -165,3 +165,13 @@ def test_the_wrong_caption_of_a_crowd_is_the_right_one_of_another_crowd() -> Non
     ]
     wrongs = {((d, s), (c, t)) for (c, s), (d, t) in pairs}
     assert wrongs == set(pairs)
+
+
+def test_crowds_by_colour_label_every_object_with_its_colour():
+    plain, coloured = Crowds(n=64, size=32), Crowds(n=64, size=32, segments="color")
+    assert coloured.segments == COLORS and coloured.fingerprint != plain.fingerprint
+    for shaped, sample in zip(plain, coloured, strict=True):
+        for shape, color in (("shape", "color"), ("other_shape", "other_color")):
+            region = shaped.extra["semantics"] == 1 + sample.attributes[shape]
+            assert bool((sample.extra["semantics"][region] == 1 + sample.attributes[color]).all())
+        assert torch.equal(sample.extra["semantics"] == 0, shaped.extra["semantics"] == 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -27,6 +28,8 @@ class DefectsConfig(WorldConfig):
 
 class CrowdsConfig(WorldConfig):
     """Two objects per picture."""
+
+    segments: Literal["shape", "color"] = Field("shape", description="what the labels of semantics say of an object")
 
 
 class VideosConfig(WorldConfig):
@@ -117,15 +120,24 @@ class Videos:
 class Crowds:
     """`toyworld/crowds`: two different objects per picture for segmentation.
 
-    `extra`: `instances` (3, S, S) and `semantics` (S, S) uint8, 0 background and 1 + index in `segments`, the shapes;
-    `label` is the class of the first object.
+    `extra`: `instances` (3, S, S) and `semantics` (S, S) uint8, 0 background and 1 + index in `segments`, the shapes
+    or the colours; `label` is the class of the first object.
     """
 
-    def __init__(self, *, split: Split = "train", n: int = 2048, size: int = 32, seed: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        split: Split = "train",
+        n: int = 2048,
+        size: int = 32,
+        seed: int = 0,
+        segments: Literal["shape", "color"] = "shape",
+    ) -> None:
         self.name = "toyworld/crowds"
-        self.fingerprint = fingerprint(self.name, split=split, n=n, size=size, seed=seed)
+        told = {} if segments == "shape" else {"segments": segments}
+        self.fingerprint = fingerprint(self.name, split=split, n=n, size=size, seed=seed, **told)
         self.classes: Sequence[str] = class_names()
-        self.segments: Sequence[str] = SHAPES
+        self.segments: Sequence[str] = SHAPES if segments == "shape" else COLORS
         self.templates: Sequence[str] = TEMPLATES
         self.attributes: Mapping[str, Sequence[str]] = {
             "shape": SHAPES,
@@ -137,6 +149,10 @@ class Crowds:
         self._pixels = as_bytes(data.picture.image)
         self._instances = (data.picture.instances > 0.5).to(torch.uint8)
         self._semantics = data.picture.semantics.to(torch.uint8)
+        if segments == "color":  # the two shapes of a picture differ, so its shapes name its objects
+            by_shape = torch.zeros(len(data.shape), 1 + len(SHAPES), dtype=torch.uint8)
+            by_shape.scatter_(1, 1 + data.shape, (1 + data.color).to(torch.uint8))
+            self._semantics = by_shape.gather(1, self._semantics.flatten(1).long()).view_as(self._semantics)
         self._values = torch.stack([data.shape[:, 0], data.color[:, 0], data.shape[:, 1], data.color[:, 1]], 1).tolist()
         self._prefix = f"{split}-{seed}-"
 
