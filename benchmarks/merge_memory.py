@@ -85,7 +85,9 @@ def resident(name: str) -> float:
 
 def one(case: str, method: str, out: Path, folders: list[Path]) -> dict[str, float]:
     """One merge in this process."""
+    import open_clip  # noqa: F401  (what the stream imports on the way is not its work)
     import torch
+    import transformers  # noqa: F401
 
     from clipgraft_merging.soup.uniform import UniformSoup
     from clipgraft_merging.task_arithmetic.arithmetic import TaskArithmetic

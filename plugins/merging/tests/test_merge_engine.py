@@ -483,3 +483,25 @@ def test_peak_memory_at_8_models_is_within_5_percent_of_2(tmp_path):
         )
         peaks.append(int(done.stdout.split()[-1]))
     assert abs(peaks[1] - peaks[0]) < 0.05 * peaks[0], peaks
+
+
+@pytest.mark.parametrize("piece", [1, 7, 64])
+def test_the_size_of_pieces_changes_nothing(piece, tmp_path, monkeypatch):
+    """Pieces end within fused projections, whose parts are three tensors in Hugging Face's layout."""
+    for seed in range(3):
+        write_huggingface(tiny_clip(seed, width=8, depth=1, embed=4), tmp_path / f"{seed}")
+    inputs = open_inputs([tmp_path / "1", tmp_path / "2"], base=tmp_path / "0")
+    whole = [merged(inputs, merger) for merger in (UniformSoup(), TaskArithmetic(), Ties(density=0.4))]
+    monkeypatch.setattr("clipgraft_merging.weights.linear.PIECE", piece)
+    for expected, merger in zip(whole, (UniformSoup(), TaskArithmetic(), Ties(density=0.4)), strict=True):
+        found = merged(inputs, merger)
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_a_file_that_is_cut_short_during_the_merge_is_named(tmp_path):
+    a, b = models(2, tmp_path)
+    inputs = open_inputs([a, b])
+    (b / WEIGHTS).write_bytes((b / WEIGHTS).read_bytes()[:9000])
+    with pytest.raises(InputError, match=rf"{b}/{WEIGHTS} ends within .*: it was cut short"):
+        merge_to(tmp_path / "out", inputs, UniformSoup())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m0", "m1"]
