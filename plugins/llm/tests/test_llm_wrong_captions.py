@@ -17,6 +17,7 @@ from clipgraft.testing.tiny import TinyTokenizer, tiny_clip
 from clipgraft_llm.counting.mixture import Counting
 from clipgraft_llm.counting.numbers import NUMBERS, number_in, other_counts, value_of
 from clipgraft_llm.negatives.phrases import phrases
+from clipgraft_llm.negatives.rehearsal import Rehearsing
 from clipgraft_llm.negatives.rules import RULES, drawn, wrong_captions
 from clipgraft_llm.negatives.source import with_negatives
 from clipgraft_llm.negatives.written import Written, write
@@ -269,3 +270,42 @@ def test_only_verified_samples_count_when_a_list_is_given():
         Counting(Told("a star", ("two cats", "three cats")), tokenizer=TinyTokenizer(), share=0.5)
     with pytest.raises(InputError, match=r"set counting\.share to 1"):
         Counting(Told("two cats"), tokenizer=TinyTokenizer(), share=0.5)
+
+
+# -- rehearsal --------------------------------------------------------------------------------------------------------
+
+
+class Classed(Told):
+    """Samples with a class alone."""
+
+    classes, templates = ("cat", "dog"), ("a {}",)
+
+    def __getitem__(self, index):
+        return Sample(f"s{index}", noise(index), label=index % 2, attributes={"kind": 1})
+
+
+def test_what_is_rehearsed_has_its_own_ids_and_captions_and_no_wrong_ones():
+    both = Rehearsing(Told("a red cat", "a blue dog", negatives=("a blue cat",)), Classed("", "", ""))
+    assert len(both) == 5 and [both[i].id for i in range(5)] == [
+        "s0",
+        "s1",
+        "rehearsed/s0",
+        "rehearsed/s1",
+        "rehearsed/s2",
+    ]
+    assert [both.entry(i).captions for i in (1, 2, 3)] == [("a blue dog",), ("a cat",), ("a dog",)]
+    assert both[0].negatives == ("a blue cat",) and both[2].negatives == () and both[2].label is None
+    assert both[2].attributes == {} and both.fingerprint != Told("a").fingerprint
+    source = with_negatives(both, tokenizer=TinyTokenizer(), wrong=lambda sample, caption, rng: sample.negatives)
+    batch = next(load(source, batch_size=5).iterate())
+    assert [bool(p) for p in batch.extra["present"][:, 0]] == [not i.startswith("rehearsed/") for i in batch.ids]
+    with pytest.raises(IndexError):
+        both[5]
+
+
+def test_a_mix_is_not_rehearsed_around():
+    class Mixed(Told):
+        quotas = (((0,), 1),)
+
+    with pytest.raises(InputError, match="plans its epochs itself"):
+        Rehearsing(Mixed("a"), Told("b"))

@@ -34,6 +34,9 @@ class NegClipConfig(FinetuneConfig):
     """``llm/negclip``."""
 
     negatives: NegativesConfig = NegativesConfig()
+    rehearse: str | None = Field(
+        None, description="data reference: captioned pictures of what should not be forgotten, as many epochs of both"
+    )
     crop: tuple[float, float] | None = Field(
         (0.9, 1.0), description="area range of the random crop of training images; null takes the whole image"
     )

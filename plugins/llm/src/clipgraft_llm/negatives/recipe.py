@@ -17,6 +17,7 @@ from clipgraft.runner import Run
 from clipgraft_llm.named_recipe import LOOKED_AT, built, named, teacher_of, uncaptioned
 from clipgraft_llm.named_stage import NamedStage
 from clipgraft_llm.negatives.config import NegativesConfig, NegClipConfig
+from clipgraft_llm.negatives.rehearsal import Rehearsing
 from clipgraft_llm.negatives.rules import Rule, drawn
 from clipgraft_llm.negatives.source import Wrong, with_negatives
 from clipgraft_llm.negatives.written import Written
@@ -37,7 +38,7 @@ class NegClip:
         problems = Finetune(self.config).check(run)
         try:
             run.encoder.tokenizer  # noqa: B018, an encoder without text tower says so
-            source = run.train_source()
+            source = self._source(run)
             problems += [line] if (line := uncaptioned(source)) else []
             problems += [] if line else self._without(source)
         except InputError as error:
@@ -65,6 +66,10 @@ class NegClip:
         }[self.config.negatives.made]
         return [f"negatives: no wrong caption for the first {seen} samples of {source.name}; {say}"]
 
+    def _source(self, run: Run) -> Source:
+        source, also = run.train_source(), self.config.rehearse
+        return source if also is None else Rehearsing(source, run.open_source(also))
+
     def _train(self, run: Run) -> NamedStage:
         c = self.config
         (wrong, told), (losses, weights) = maker(c.negatives), built(run, c)
@@ -72,7 +77,7 @@ class NegClip:
             "train",
             train=c.train,
             source=with_negatives(
-                run.train_source(),
+                self._source(run),
                 tokenizer=run.encoder.tokenizer,
                 wrong=wrong,
                 count=c.negatives.per_caption,
