@@ -185,6 +185,19 @@ def test_sparse_upcycling_trains_copies_and_gates(world, tmp_path):
     assert not place.experts[0].c_fc.weight.equal(place.experts[1].c_fc.weight)
 
 
+def test_accumulating_in_chunks_gives_the_weights_of_the_whole_batch(world, tmp_path):
+    plain = TRAIN | {"optimizer": "sgd", "lr": 0.05, "steps": 2}
+    found = []
+    for chunks in (1, 2):
+        more = {"init": "copies", "router.tune": "experts", "router.balance": 1.0}
+        overrides = moe(world, **more, **{"router.train": plain | {"accumulate": chunks}})
+        found.append(
+            tensors(run_recipe("clip-moe", overrides=overrides, out=tmp_path / str(chunks), registry=registry()).run)
+        )
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, atol=1e-6, rtol=1e-4)
+
+
 def test_what_excludes_itself_is_refused_with_the_fix(world, tmp_path):
     for more, words in (
         ({"init": "copies"}, "set router.tune=experts"),

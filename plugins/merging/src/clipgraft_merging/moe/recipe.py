@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 
 from clipgraft import distributed
 from clipgraft.config.schema import GraftNode
-from clipgraft.data.base import Drawn
+from clipgraft.data.base import BadSample, Drawn, Source, entry_of
 from clipgraft.encoders import apply_grafts
 from clipgraft.encoders.base import Encoder
 from clipgraft.errors import InputError
@@ -21,7 +21,7 @@ from clipgraft.evaluation.features import EncoderFeatures
 from clipgraft.recipe import StagePlan
 from clipgraft.runner import Run
 from clipgraft.stage import JobStage, Stage, StageResult
-from clipgraft_merging.feed_forwards import feed_forwards, parameters
+from clipgraft_merging.feed_forwards import FeedForward, feed_forwards, parameters
 from clipgraft_merging.moe.accumulate import UNKNOWN, OneClusterAtATime, accumulated, joint, pair_labels
 from clipgraft_merging.moe.collapse import GRAFT, collapse
 from clipgraft_merging.moe.config import ClipMoeConfig
@@ -151,7 +151,7 @@ class ClipMoe:
             smoothing=config.label_smoothing,
         )
 
-    def _places(self, encoder: Encoder) -> list:
+    def _places(self, encoder: Encoder) -> list[FeedForward]:
         router = self.config.router
         return feed_forwards(encoder, towers=router.towers, last=router.last)
 
@@ -202,10 +202,8 @@ def _mean_texts(features: EncoderFeatures, captions: list[tuple[str, ...]]) -> T
     return torch.nn.functional.normalize(torch.zeros(len(captions), x.shape[1]).index_add_(0, owner, x), dim=-1)
 
 
-def _rows(source, ids: list[str]) -> Tensor:
+def _rows(source: Source, ids: list[str]) -> Tensor:
     """Places in ``source`` of the samples that could be read."""
-    from clipgraft.data.base import BadSample, entry_of
-
     if len(ids) == len(source):
         return torch.arange(len(source))
     known, rows = set(ids), []

@@ -17,7 +17,7 @@ from clipgraft.stage import ContrastiveStage
 from clipgraft.types import Batch, StepOutput, widened
 from clipgraft_merging.moe.balance import Compat, balance, shares
 from clipgraft_merging.moe.contrast import SmoothedClipLoss
-from clipgraft_merging.moe.mixture import Mixture, mixtures, routings
+from clipgraft_merging.moe.mixture import mixtures, routings
 
 
 class PartlyTrained(ContrastiveStage):
@@ -132,6 +132,3 @@ def set_scale(encoder: Encoder, scale: float | None) -> Encoder:
         with torch.no_grad():
             encoder.logit_scale.fill_(math.log(scale))
     return encoder
-
-
-__all__ = ["Mixture", "PartlyTrained", "RouterStage", "experts", "gates", "set_scale"]
