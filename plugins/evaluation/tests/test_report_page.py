@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import json
 import re
 from html.parser import HTMLParser
@@ -242,3 +243,12 @@ def test_what_a_recipe_watched_is_drawn(run_dir: Path, squares: object) -> None:
     assert "canary over 100 steps, from 0.800 to 0.800" in labels
     assert not [label for label in labels if label.startswith(("seconds", "canary right"))]
     assert "Watched beside the training" in page.text and "Watched beside" not in without.text
+
+
+def test_what_a_stage_drew_is_on_the_page(run_dir: Path, squares: object) -> None:
+    drawing = '<svg xmlns="http://www.w3.org/2000/svg" width="10" height="10"><text>a path</text></svg>'
+    (run_dir / "stages/01-clip/path.svg").write_text(drawing)
+    text = write_report(run_dir).read_text("utf-8")
+    drawn = [a for tag, a in Page(text).tags if tag == "img" and a.get("class") == "drawn"]
+    assert [a["alt"] for a in drawn] == ["path, drawn by the stage clip"]
+    assert base64.b64decode(str(drawn[0]["src"]).partition(",")[2]).decode() == drawing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -61,6 +62,7 @@ def write_report(run_dir: Path | str, out: Path | str | None = None) -> Path:
         verdicts=verdicts(costs),
         tiles=[(group.evaluator, row) for group in measured for row in group.rows[:1]],
         stages=list(_stages(run.stages)),
+        drawings=list(_drawings(run.path)),
         gallery=gallery,
         patches=patches,
         facts=list(_facts(run.environment)),
@@ -197,6 +199,12 @@ def _facts(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
             yield from _facts(value, f"{prefix}{key} ")
         elif value is not None:
             yield f"{prefix}{key}", str(value)
+
+
+def _drawings(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Stage, name and data URI of the SVG files that a recipe drew into its stages' folders."""
+    for file in sorted((path / "stages").glob("*/*.svg")):
+        yield file.parent.name[3:], file.stem, f"data:image/svg+xml;base64,{b64encode(file.read_bytes()).decode()}"
 
 
 def _files(path: Path) -> list[tuple[str, int]]:
