@@ -90,6 +90,7 @@ def test_training_draws_by_share_and_the_same_for_the_same_seed(table, registry)
 
 
 def test_own_captions_keep_their_weights_among_each_other(table, registry):
+    pytest.importorskip("clipgraft_data")
     rows = [{"image": f"{k}.png", "captions": ["a", "b"], "caption_weights": [3, 1]} for k in range(N)]
     lines(table, rows, "table.jsonl")
     lines(table, [{"id": f"{k}.png", "llama": "c"} for k in range(N)])
