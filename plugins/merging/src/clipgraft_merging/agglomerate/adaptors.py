@@ -95,8 +95,12 @@ class Adaptors(nn.Module):
                 self.normalisers[shape.name] = Normaliser(shape.outputs)
 
     def predicted(self, name: str, student: StudentFeatures) -> Tensor:
-        """What one adaptor says, on the scale of the targets."""
-        return self.heads[name](student.of(self.shapes[name].reads))  # type: ignore[no-any-return]
+        """What one adaptor says, on the scale of the targets.
+
+        Features without an adaptor are in the teacher's own space and stay there: they are normalised as the target is.
+        """
+        said = self.heads[name](student.of(self.shapes[name].reads))
+        return self.target(name, said) if self.shapes[name].hidden == 0 else said
 
     def target(self, name: str, features: Tensor) -> Tensor:
         """A teacher's features on that scale."""
