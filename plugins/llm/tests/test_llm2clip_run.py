@@ -24,6 +24,7 @@ from clipgraft.types import Batch
 from clipgraft_llm.llm2clip.vision_stage import VisionStage
 from clipgraft_llm.testing import LLAMA_TEMPLATE, WORDS, write_tiny_embedder, write_tiny_llama
 from clipgraft_llm.tower.graft import TransformerText
+from clipgraft_llm.tower.model_folder import find_model
 
 torch.set_num_threads(1)
 NAMES = WORDS.split()
@@ -251,6 +252,7 @@ def test_stage_1_makes_captions_of_a_picture_alike_and_feeds_stage_2(kind, tmp_p
     direct = encoders.load(f"llm:{tuned}", registry=registry).eval()
     ids = direct.tokenizer(["a red dog"])
     assert torch.equal(alone.text(ids).pooled, direct.text(ids).pooled)
+    assert find_model(str(out)).path == tuned.resolve()  # the run itself is a reference too
     assert direct.tokenizer.settings.template == (LLAMA_TEMPLATE if kind == "llama" else "{}")
     second = run_recipe(
         "llm/llm2clip",

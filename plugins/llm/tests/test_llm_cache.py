@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from clipgraft.data.base import BadSample, Sample
 from clipgraft.errors import InputError
 from clipgraft.log import RunLog
+from clipgraft.testing.ranks import run_ranks
 from clipgraft_llm.cache.build import build_cache
 from clipgraft_llm.cache.layout import hash_of, read_description, shard_file
 from clipgraft_llm.cache.reader import FeatureCache, FeatureLookup, covered
@@ -227,3 +228,36 @@ def test_the_command_builds_one_and_tells_as_json(folder, tmp_path):
     assert told["settings"]["template"] == "a\n{}" and len(FeatureCache(out)) == 1
     again = json.loads(CliRunner().invoke(app, line, catch_exceptions=False).stdout)
     assert again["reused"] == again["shards"] == 1
+
+
+class Mixed(Told):
+    """A source of which an epoch draws planned amounts."""
+
+    quotas = ((range(0, 10), 3), (range(10, 20), 5))
+
+
+def test_a_mix_stays_one_without_the_samples_that_are_missing(folder, tmp_path):
+    built(Told(20, without=(5, 12)), tmp_path / "cache", folder)
+    joined = covered(Mixed(20), FeatureCache(tmp_path / "cache"), log=RunLog())
+    assert [(list(places), count) for places, count in joined.quotas] == [
+        (list(range(9)), 3),
+        (list(range(9, 18)), 5),
+    ]
+    assert joined[9].id == "s10" and not hasattr(
+        covered(Told(20), FeatureCache(tmp_path / "cache"), log=RunLog()), "quotas"
+    )
+
+
+def on_this_rank(model, out):
+    folder = find_model(model)
+    found = built(Told(20), out, folder, rows=4)
+    return found.shards, found.reused
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_files(folder, tmp_path):
+    assert run_ranks(on_this_rank, 2, str(folder.path), tmp_path / "two") == [(5, 0), (5, 0)]
+    built(Told(20), tmp_path / "one", folder, rows=4)
+    texts = [c for k in range(20) for c in Told()[k].captions]
+    one, two = (FeatureCache(tmp_path / name).features(texts) for name in ("one", "two"))
+    assert torch.equal(one, two)

@@ -21,13 +21,10 @@ from clipgraft_llm.llm2clip.adapters import adapt, frozen_leaves, merged
 from clipgraft_llm.llm2clip.caption_pairs import PairTokenizer
 from clipgraft_llm.llm2clip.config import LoraConfig
 from clipgraft_llm.llm2clip.objective import hard_negative_nll
-from clipgraft_llm.tower.model_folder import SCHEME, quiet
+from clipgraft_llm.tower.model_folder import SCHEME, TUNED, quiet
 from clipgraft_llm.tower.settings import TextModelConfig
 from clipgraft_llm.tower.text_only import text_encoder
 from clipgraft_llm.tower.text_tower import LlmText
-
-TUNED = "text-model"
-"""Where in its directory a run leaves the language model."""
 
 
 class CaptionStage(ContrastiveStage):

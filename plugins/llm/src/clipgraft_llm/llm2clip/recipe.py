@@ -90,7 +90,6 @@ class Llm2Clip:
 
     def _vision(self, run: Run) -> VisionStage:
         c, encoder, source = self.config, run.encoder, run.train_source()
-        encoder.data.origin = replace(encoder.data.origin, sha256="" if c.grafts else encoder.data.origin.sha256)
         encoder = c.text.apply(encoder)
         settings = c.text.model_dump(mode="json")
         encoder.data.grafts.append(AppliedGraft(NAME, settings, c.text, portable=False))

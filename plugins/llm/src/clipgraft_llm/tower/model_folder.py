@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 SCHEME, ELSEWHERE, OWN = "llm:", "CLIPGRAFT_LLM_PATH", "text_model.json"
 """``llm:DIR`` opens a text model as an encoder; the variable lists folders in which moved models are looked for; the
 file says how a model of ours wants to be asked."""
+TUNED = "text-model"
+"""Where in its directory a run of caption-contrast leaves the model."""
 ARCHITECTURE = "text_architecture.json"
 """transformers' configuration of a text model whose weights an export holds."""
 TOKENIZER = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*.model", "vocab.*", "merges.txt")
@@ -150,6 +152,8 @@ def _from_hub(name: str) -> Path:
 
 
 def _described(reference: str, root: Path) -> ModelFolder:
+    if not (root / "config.json").is_file() and (root / TUNED / "config.json").is_file():
+        root = root / TUNED
     path = root
     if not (root / "config.json").is_file():
         inner = [m.get("path", "") for m in modules_of(root) if str(m.get("type", "")).endswith("Transformer")]
