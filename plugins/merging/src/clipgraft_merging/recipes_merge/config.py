@@ -73,7 +73,9 @@ class WiseFtRunConfig(RunConfig):
 
     alpha: Alpha | None = Field(None, description="0 base, 1 fine-tuned; null takes the best of alphas by judge")
     alphas: tuple[Alpha, ...] = Field(
-        (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), min_length=2, description="points of the path"
+        (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+        min_length=1,
+        description="points of the path; both ends are always measured",
     )
     judge: Judging = Field(Judging(), description="data and metric by which alpha is chosen, and on which is reported")
     shifted: str | None = Field(None, description="data under a shift, for the report of the path")
