@@ -311,6 +311,8 @@ def test_a_result_is_never_written_over_an_input(tmp_path):
     for out in (b, tmp_path / "link", tmp_path):
         with pytest.raises(InputError, match="choose another --out"):
             merge_to(out, open_inputs([a, b]), UniformSoup())
+    with pytest.raises(InputError, match="choose another --out"):
+        merge_to(b, open_inputs([a, b / WEIGHTS]), UniformSoup())
     assert (b / WEIGHTS).read_bytes() == before
 
 

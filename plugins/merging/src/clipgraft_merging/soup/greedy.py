@@ -111,7 +111,8 @@ def search(
                 bar.advance()
     book.save()
     running.remove()
-    return GreedySoup(ingredients=book.ingredients, search={**book.identity, **book.told()})
+    told = {"rule": rules, "judge": book.identity["judge"], **book.told()}  # the engine records the models
+    return GreedySoup(ingredients=book.ingredients, search=told)
 
 
 def _score(judge: Judge, state: Iterator[tuple[str, Tensor]], what: str) -> float:

@@ -132,7 +132,6 @@ def _rewrites(merger: Merger, inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
 def _refuse_input(out: Path, inputs: Inputs) -> None:
     target = out.expanduser().resolve()
     for checkpoint in inputs.all:
-        folder = checkpoint.folder
-        here = None if folder is None else folder.resolve()
-        if here is not None and (here == target or target in here.parents):
+        files = getattr(checkpoint.store, "files", [])
+        if any(target in file.resolve().parents for file in files):
             raise InputError(f"{out} holds the input {checkpoint.ref} and would replace it; choose another --out")
