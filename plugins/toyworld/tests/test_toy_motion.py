@@ -6,6 +6,7 @@ import torch
 
 from clipgraft_toyworld.captions import MOTIONS
 from clipgraft_toyworld.motion import STATIC, phases, videos
+from clipgraft_toyworld.task_sources import Videos
 
 
 def test_one_quantity_moves_and_opposites_are_each_other_backwards() -> None:
@@ -51,3 +52,18 @@ def test_neither_a_frame_nor_the_mean_frame_tells_the_direction() -> None:
 def test_videos_repeat_and_extend() -> None:
     few, many = videos("test", n=3, size=32), videos("test", n=70, size=32)
     assert torch.equal(few.frames, many.frames[:3]) and torch.equal(few.label, many.label[:3])
+
+
+def test_a_choice_of_shapes_leaves_videos_out_and_changes_none() -> None:
+    every, some = videos("tune", n=128, size=32), videos("tune", n=6, size=32, shapes=[0, 3])
+    assert set(some.scene.shape.tolist()) <= {0, 3} and len(some.frames) == 6
+    assert torch.equal(some.frames, every.frames[some.number]) and torch.equal(some.label, every.label[some.number])
+
+
+def test_classes_may_be_objects_with_motions() -> None:
+    source = Videos(split="tune", n=20, shapes=("moon", "tee"), label="object-motion")
+    assert len(source.classes) == 20 and source.classes[10] == "tee moving left"
+    for k in range(20):
+        sample = source[k]
+        assert sample.label is not None and sample.captions[0].endswith(source.classes[sample.label])
+    assert source.fingerprint != Videos(split="tune", n=20).fingerprint

@@ -8,6 +8,7 @@ is a video of the opposite class.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from clipgraft_toyworld.captions import MOTIONS
 from clipgraft_toyworld.render import draw, place
-from clipgraft_toyworld.world import BLOCK, Scene, Split, generator, join, sample_jitter, sample_scene
+from clipgraft_toyworld.world import BLOCK, SHAPES, Scene, Split, generator, join, sample_jitter, sample_scene
 
 FRAMES = 8
 STATIC = ("x", "y", "size", "angle", "opacity")
@@ -24,24 +25,35 @@ STATIC = ("x", "y", "size", "angle", "opacity")
 
 @dataclass(frozen=True)
 class Videos:
-    """N videos: `frames` (N, T, 3, S, S) uint8, `label` (N,) index into `MOTIONS`, the scene of the object."""
+    """N videos: `frames` (N, T, 3, S, S) uint8, `label` (N,) index into `MOTIONS`, the scene of the object,
+
+    `number` (N,) of each among all of its split.
+    """
 
     frames: Tensor
     label: Tensor
     scene: Scene
+    number: Tensor
 
 
-def videos(split: Split, *, n: int, size: int, seed: int = 0, frames: int = FRAMES) -> Videos:
-    """n videos; a larger n extends a smaller one."""
+def videos(
+    split: Split, *, n: int, size: int, seed: int = 0, frames: int = FRAMES, shapes: Sequence[int] = ()
+) -> Videos:
+    """n videos, of the given shapes only; a larger n extends a smaller one, and a choice of shapes changes none."""
     chunk = BLOCK // 4  # frames of a block are rendered together
-    parts = []
-    for start in range(0, n, chunk):
+    parts, found, start = list[Videos](), 0, 0
+    wanted = torch.tensor(list(shapes) or range(len(SHAPES)))
+    while found < n:
         rng = generator(split, stream="videos", seed=seed, block=start // chunk)
-        parts.append(_block(rng, n=chunk, size=size, frames=frames))
+        part = _block(rng, n=chunk, size=size, frames=frames)
+        rows = torch.isin(part.scene.shape, wanted).nonzero()[: n - found, 0]
+        parts.append(Videos(part.frames[rows], part.label[rows], part.scene[rows], rows + start))
+        found, start = found + len(rows), start + chunk
     return Videos(
-        frames=torch.cat([part.frames for part in parts])[:n],
-        label=torch.cat([part.label for part in parts])[:n],
-        scene=join([part.scene for part in parts])[:n],
+        frames=torch.cat([part.frames for part in parts]),
+        label=torch.cat([part.label for part in parts]),
+        scene=join([part.scene for part in parts]),
+        number=torch.cat([part.number for part in parts]),
     )
 
 
@@ -75,4 +87,4 @@ def _block(rng: torch.Generator, *, n: int, size: int, frames: int) -> Videos:
             opacity=(0.25 + 0.75 * opacity)[:, None].expand_as(objects.opacity),
         )
         shots.append((draw(moved, scene.background, jitter, size=size).image * 255).round().to(torch.uint8))
-    return Videos(frames=torch.stack(shots, 1), label=label, scene=scene)
+    return Videos(frames=torch.stack(shots, 1), label=label, scene=scene, number=torch.arange(n))

@@ -37,6 +37,10 @@ class VideosConfig(WorldConfig):
 
     n: int = Field(512, gt=0, description="number of videos")
     frames: int = Field(8, ge=2, le=32, description="pictures per video")
+    shapes: tuple[str, ...] = Field(SHAPES, min_length=1, description="object shapes to show")
+    label: Literal["motion", "object-motion"] = Field(
+        "motion", description="the ten motions, or a shape with a motion, such as moon moving left"
+    )
 
 
 class Defects:
@@ -90,28 +94,55 @@ class Defects:
 
 
 class Videos:
-    """`toyworld/videos`: ten motions; `extra["frames"]` (T, 3, S, S) uint8, `image` is the first frame."""
+    """`toyworld/videos`: ten motions; `extra["frames"]` (T, 3, S, S) uint8, `image` is the first frame.
 
-    def __init__(self, *, split: Split = "train", n: int = 512, size: int = 32, seed: int = 0, frames: int = 8) -> None:
+    With the label object-motion classes are the `shapes` times the motions, in this order.
+    """
+
+    def __init__(
+        self,
+        *,
+        split: Split = "train",
+        n: int = 512,
+        size: int = 32,
+        seed: int = 0,
+        frames: int = 8,
+        shapes: Sequence[str] = SHAPES,
+        label: Literal["motion", "object-motion"] = "motion",
+    ) -> None:
+        for shape in shapes:
+            if shape not in SHAPES:
+                raise unknown_name("shape", shape, SHAPES)
         self.name = "toyworld/videos"
-        self.fingerprint = fingerprint(self.name, split=split, n=n, size=size, seed=seed, frames=frames)
-        self.classes: Sequence[str] = MOTIONS
-        self.templates: Sequence[str] = ("a video of an object {}", "object {}", "video of a object {}")
+        chosen = {} if tuple(shapes) == SHAPES else {"shapes": tuple(shapes)}
+        chosen |= {} if label == "motion" else {"label": label}
+        self.fingerprint = fingerprint(self.name, split=split, n=n, size=size, seed=seed, frames=frames, **chosen)
         self.attributes: Mapping[str, Sequence[str]] = {"shape": SHAPES, "color": COLORS}
-        self._data = videos(split, n=n, size=size, seed=seed, frames=frames)
+        self._data = videos(
+            split, n=n, size=size, seed=seed, frames=frames, shapes=[SHAPES.index(shape) for shape in shapes]
+        )
+        if label == "motion":
+            self.classes: Sequence[str] = MOTIONS
+            self.templates: Sequence[str] = ("a video of an object {}", "object {}", "video of a object {}")
+            self._labels = self._data.label.tolist()
+        else:
+            self.classes = [f"{shape} {motion}" for shape in shapes for motion in MOTIONS]
+            self.templates = ("a video of a {}", "a {}", "{}")
+            place = torch.tensor([shapes.index(shape) if shape in shapes else -1 for shape in SHAPES])
+            self._labels = (place[self._data.scene.shape] * len(MOTIONS) + self._data.label).tolist()
         self._prefix = f"{split}-{seed}-"
 
     def __len__(self) -> int:
         return len(self._data.frames)
 
     def __getitem__(self, index: int) -> Sample:
-        label = int(self._data.label[index])
+        motion = MOTIONS[int(self._data.label[index])]
         shape, color = int(self._data.scene.shape[index]), int(self._data.scene.color[index])
         return Sample(
-            id=f"{self._prefix}{range(len(self))[index]}",
+            id=f"{self._prefix}{int(self._data.number[index])}",
             image=self._data.frames[index, 0],
-            captions=(f"a video of a {COLORS[color]} {SHAPES[shape]} {MOTIONS[label]}",),
-            label=label,
+            captions=(f"a video of a {COLORS[color]} {SHAPES[shape]} {motion}",),
+            label=self._labels[index],
             attributes={"shape": shape, "color": color},
             extra={"frames": self._data.frames[index]},
         )
