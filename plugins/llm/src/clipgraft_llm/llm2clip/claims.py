@@ -29,9 +29,9 @@ LLM2CLIP = Claim(
     name="llm2clip",
     statement=(
         "A frozen text model that knows rare words and negations lets a CLIP find pictures by descriptions in words "
-        "that no caption of its training holds: better than before, than the same architecture with random weights (the "
-        "same context, the same training), and than the CLIP's own text tower trained along on the same pairs. With the new "
-        "text tower zero-shot classification stays, and so does what the image tower knows of shapes."
+        "that no caption of its training holds: better than before, than the same architecture with random weights "
+        "(the same context, the same training), and than the CLIP's own text tower trained along on the same pairs. "
+        "With the new text tower zero-shot classification stays, and so does what the image tower knows of shapes."
     ),
     paper="Huang et al., LLM2CLIP: Powerful Language Model Unlocks Richer Visual Representation, arXiv 2411.04997",
     bases=("toyworld/clip", "toyworld/clip-1", "toyworld/clip-2"),
@@ -59,9 +59,9 @@ LLM2CLIP = Claim(
     budget=420,
     tried=(
         "on the tuning split of base 0, with 200 steps on 4,096 pictures: text-to-image R@1 .658 with the text model "
-        "and .001 with random weights, zero-shot .815 and .718 (before: .820). Captions that tell everything instead of "
-        "one to nine details cost zero-shot: that first setting of this preset was measured on the test split of base 0 "
-        "by mistake, R@1 .713 and zero-shot .451 there; nothing but the data's captions, chosen for what it cost, "
-        "followed from it. The preset was then shortened to 120 steps on 2,048 pictures without another look"
+        "and .001 with random weights, zero-shot .815 and .718 (before: .820). Captions that tell everything instead "
+        "of one to nine details cost zero-shot: that first setting of this preset was measured on the test split of "
+        "base 0 by mistake, R@1 .713 and zero-shot .451 there; nothing but the data's captions, chosen for what it "
+        "cost, followed from it. The preset was then shortened to 120 steps on 2,048 pictures without another look"
     ),
 )
