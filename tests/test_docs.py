@@ -392,7 +392,16 @@ FEW = "--set generator.train.steps=4 --set clip.train.steps=2"
 """What makes a run of GenHancer short."""
 
 
-HOW_TO = ("post-train-on-photos", "evaluate", "compare", "data", "embed-and-search", "open-clip", "inspect-parts")
+HOW_TO = (
+    "post-train-on-photos",
+    "evaluate",
+    "compare",
+    "data",
+    "embed-and-search",
+    "open-clip",
+    "inspect-parts",
+    "segment",
+)
 
 
 @pytest.mark.slow

@@ -381,3 +381,22 @@ def test_adaptors_speak_for_each_teacher_in_its_own_scale() -> None:
     assert torch.equal(again.target("t-spatial", x[:3].float()), adaptors.target("t-spatial", x[:3].float()))
     with pytest.raises(InputError, match="no adaptor of a teacher 'u'; there are: t"):
         adaptors.said("u", student)
+
+
+GOLDEN = [2.59405, 1.27952, 1.10577, 0.99779]
+
+
+def test_twenty_steps_end_where_they_did() -> None:
+    made = stage(
+        balance="alternate", groups=(Group(("clip", "sam"), (32, 32), 1), Group(("sam",), (48, 48), 1))
+    ).train()
+    optimizer = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], lr=3e-3)
+    found = []
+    for step in range(20):
+        made.step = step
+        optimizer.zero_grad()
+        output = made(batch())
+        output.loss.backward()
+        optimizer.step()
+        found.append(float(output.loss.detach()))
+    assert found[0::6] == pytest.approx(GOLDEN, rel=2e-3)
