@@ -308,3 +308,15 @@ def test_two_processes_agree_with_one():
         # DDP averages over ranks what each of them sends back
         assert torch.allclose(torch.cat([s[1] for s in shares]) / 2, image, atol=1e-12)
         assert torch.allclose(torch.cat([s[2] for s in shares]) / 2, text, atol=1e-12)
+
+
+# -- across methods ---------------------------------------------------------------------------------------------------
+
+
+def test_a_teacher_that_is_certain_leaves_clips_loss():
+    """Soft-target cross-entropy with one-hot targets is CLIP's: TinyCLIP, reinforced training and HyCD alike."""
+    sure = torch.eye(8, dtype=torch.float64)
+    near(affinity_loss(X, Y5, sure, sure, scale=50.0, teacher_scale=1e4)["loss"], 0.0656376729, 1e-9)
+    near(distillation(X, Y5, sure, sure, scale=50.0, dims=(8,), scales=(1e4,)), 0.0656376729, 1e-9)
+    near(hycd(50 * X, Y5, sure, sure, alpha=1.0)["loss"], 0.0656376729, 1e-9)
+    near(hycd(50 * X, Y5, 1e4 * sure, sure, alpha=0.0)["loss"], 0.0656376729, 1e-9)

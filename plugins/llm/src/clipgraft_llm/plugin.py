@@ -274,6 +274,18 @@ def clipgraft_claims() -> list[Component]:
             "Trained, kept positions beat resampled ones",
             LONGCLIP,
         ),
+        (
+            "negclip",
+            "negatives.claims:NEGCLIP",
+            "Wrong captions teach which colour belongs to which object, words alone don't, classes are kept",
+            NEGCLIP,
+        ),
+        (
+            "tinyclip",
+            "tiny.claims:TINYCLIP",
+            "Half of the parameters keep most of the zero-shot accuracy, by inheritance and a teacher",
+            TINYCLIP,
+        ),
     )
     return [
         Component(name=name, target=f"{_PACKAGE}.{target}", summary=summary, needs=("clipgraft-toyworld",), paper=paper)
