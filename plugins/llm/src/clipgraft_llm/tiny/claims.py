@@ -14,8 +14,9 @@ TINYCLIP = Claim(
     name="tinyclip",
     statement=(
         "A student with 49 % of its teacher's parameters, which inherits weights and mimics affinities, keeps 75 % of "
-        "the teacher's zero-shot accuracy when only 512 captioned pictures are at hand. It beats the same student trained as long without a teacher, on the "
-        "captions alone, and one of the same size that inherits nothing and mimics the same teacher."
+        "the teacher's zero-shot accuracy when only 512 captioned pictures are at hand. It beats the same student "
+        "trained as long without a teacher, on the captions alone, and one of the same size that inherits nothing and "
+        "mimics the same teacher."
     ),
     paper=PAPER,
     bases=("toyworld/clip", "toyworld/clip-1", "toyworld/clip-2"),
