@@ -65,7 +65,7 @@ INGREDIENTS = [{"order": 0}, {"order": 1, "lr": 2e-3}]
 
 def soup(place, **more):
     judge = {"data": f"folder:{place / 'two'}"}
-    return settings(place, ingredients=INGREDIENTS, judge=judge, **more)
+    return settings(place, **{"ingredients": INGREDIENTS, "judge": judge, "soup": "uniform", **more})
 
 
 def test_soup_is_the_mean_of_its_fine_tunes_which_differ(place, tmp_path):
