@@ -13,10 +13,10 @@ NEGCLIP = Claim(
     name="negclip",
     statement=(
         "Captions with swapped colours as further columns teach a CLIP which colour belongs to which object: it "
-        "prefers the right caption of a picture of two objects to the swapped one more often than before, than after the same "
-        "training without wrong captions, and than after the same training with pictures of other samples, which "
-        "leaves only the words to learn from. Zero-shot classification of single objects keeps 80 %, because a fifth of "
-        "the training pictures, in every arm, show one object."
+        "prefers the right caption of a picture of two objects to the swapped one more often than before, than after "
+        "the same training without wrong captions, and than after the same training with pictures of other samples, "
+        "which leaves only the words to learn from. Zero-shot classification of single objects keeps 80 %, because a "
+        "fifth of the training pictures, in every arm, show one object."
     ),
     paper=PAPER,
     bases=("toyworld/clip", "toyworld/clip-1", "toyworld/clip-2"),
