@@ -52,7 +52,7 @@ def settings(place: Path, recipe: str) -> dict[str, object]:
         given |= {
             "method": {"frames": 4, "joins": [2, 2], "after": 0},
             "data.from": f"video:{place}/videos.csv?root={place}/videos&frames=4&size=32",
-            "evaluate.on": ["video/retrieval"],
+            "evaluate.on": ["video/text-retrieval"],
             "evaluate.data": f"video:{place}/videos.csv?root={place}/videos&frames=4&size=32",
         }
     return given

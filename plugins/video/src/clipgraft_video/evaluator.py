@@ -1,4 +1,4 @@
-"""``video/classification`` and ``video/retrieval``: video models in runs, claims and ``clipgraft eval``."""
+"""``video/classification`` and ``video/text-retrieval``: video models in runs, claims and ``clipgraft eval``."""
 
 from __future__ import annotations
 

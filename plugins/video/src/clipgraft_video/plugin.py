@@ -100,7 +100,7 @@ def clipgraft_evaluators() -> list[Component]:
         Component(name=name, target=target, config=target, summary=summary)
         for name, attribute, summary in (
             ("classification", "Classification", "Videos by the texts of their classes, with several views"),
-            ("retrieval", "VideoRetrieval", "Captions by videos and videos by captions"),
+            ("text-retrieval", "VideoRetrieval", "Captions by videos and videos by captions"),
         )
         for target in [f"{_PACKAGE}.evaluator:{attribute}"]
     ]
