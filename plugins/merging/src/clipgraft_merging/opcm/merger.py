@@ -21,7 +21,7 @@ from clipgraft_merging.opcm.settings import ContinualSettings
 from clipgraft_merging.opcm.state import FOLDER, SUM, ContinualState, Merged, check_fits, read_state, write_state
 from clipgraft_merging.ties.merger import Ties
 from clipgraft_merging.weights.families import fuse, kind_of, split
-from clipgraft_merging.weights.inputs import Inputs
+from clipgraft_merging.weights.inputs import BASE, Inputs
 from clipgraft_merging.weights.stores import FileStore
 from clipgraft_merging.weights.writer import SafetensorsWriter
 
@@ -163,12 +163,23 @@ class _TwoVectors:
         assert self._store is not None
         return self._store.read(key)
 
-    def base_tensor(self, key: str) -> Tensor:
-        return torch.zeros(self._inputs.shape(key))
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._inputs.shape(key)
 
-    def tensors(self, key: str) -> Iterator[Tensor]:
-        yield self.total(key)
-        yield self._merge.task_vector(self._inputs, self._index, key)
+    def dtype(self, key: str) -> torch.dtype:
+        return torch.float32
+
+    def base_tensor(self, key: str) -> Tensor:
+        return torch.zeros(self.shape(key))
+
+    def piece(self, index: int, key: str, start: int, stop: int) -> Tensor:
+        assert self._store is not None
+        if index == BASE:
+            return torch.zeros(stop - start)
+        if index == 0:
+            return self._store.piece(key, start, stop)
+        new, base = (self._inputs.piece(i, key, start, stop) for i in (self._index, BASE))
+        return (new.double() - base).float()
 
 
 def _square(x: Tensor) -> float:
