@@ -141,6 +141,22 @@ def clipgraft_evaluators() -> list[Component]:
             summary="Accuracy over tasks and what was forgotten, in a run of the recipe opcm",
             paper=OPCM,
         ),
+        Component(
+            name="word-segments",
+            target=f"{_PACKAGE}.samclip.evaluators:WordSegments",
+            config=f"{_PACKAGE}.samclip.evaluators:WordSegments",
+            summary="Zero-shot segmentation by patches, refined, or by two models, under one name",
+            needs=("transformers>=4.56",),
+            paper=SAM_CLIP,
+        ),
+        Component(
+            name="kept-masks",
+            target=f"{_PACKAGE}.samclip.evaluators:KeptMasks",
+            config=f"{_PACKAGE}.samclip.evaluators:KeptMasks",
+            summary="Prompted masks of the model, or of its teacher while it has none",
+            needs=("transformers>=4.56",),
+            paper=SAM_CLIP,
+        ),
     ]
 
 
@@ -213,6 +229,20 @@ def clipgraft_recipes() -> list[Component]:
 def clipgraft_claims() -> list[Component]:
     """Claims."""
     return [
+        Component(
+            name="sam-clip",
+            target=f"{_PACKAGE}.samclip.claims:SAM_CLIP",
+            summary="A SAM's tower learns a CLIP's words and keeps its promptable masks",
+            needs=("clipgraft-toyworld", "transformers>=4.56"),
+            paper=SAM_CLIP,
+        ),
+        Component(
+            name="sam-clip-segments",
+            target=f"{_PACKAGE}.samclip.claims:SEGMENTS",
+            summary="Its patches segment by words better than the CLIP's, and than SAM and CLIP in a row",
+            needs=("clipgraft-toyworld", "transformers>=4.56"),
+            paper=SAM_CLIP,
+        ),
         Component(
             name="soup",
             target=f"{_PACKAGE}.recipes_merge.claims:SOUP",

@@ -30,6 +30,9 @@ class Student(Config):
     size: int = Field(448, gt=0, description="side of the images that the finished encoder takes [pixels]")
     blocks: int = Field(3, ge=0, description="transformer blocks of the head, copies of SAM's last")
     hidden: tuple[Size, ...] = Field((), description="hidden widths of the head's MLP; empty: two as wide as the tower")
+    mean_of: int = Field(
+        512, ge=0, description="pictures whose mean teacher embedding the head starts at; 0: a random start [pictures]"
+    )
     recompute: bool = Field(False, description="run the tower's blocks again in the backward pass: less memory")
 
 

@@ -6,6 +6,7 @@ Foundation Models towards Semantic and Spatial Understanding, CVPRW 2024, arXiv 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,9 @@ import torch
 
 from clipgraft import distributed
 from clipgraft.config.schema import GraftNode
-from clipgraft.data.base import Source
+from clipgraft.data.base import BadSample, Source
 from clipgraft.data.loader import TrainLoader
+from clipgraft.data.transforms import evaluation_transform
 from clipgraft.errors import ClipgraftError
 from clipgraft.files import tensors_digest
 from clipgraft.recipe import StagePlan
@@ -143,10 +145,29 @@ class SamClipRecipe:
             encoder = apply_grafts(encoder, [node], run.registry).to(run.device)
             if self.config.sam.start == "pretrained":
                 start_from(encoder.image, parts)  # type: ignore[arg-type]
+            if wanted.mean_of:
+                self._start_at_mean(run, encoder, wanted.mean_of)
             run.encoder = encoder
         assert isinstance(encoder.image, SamImage)
         encoder.image.sam.recompute = wanted.recompute
         return encoder
+
+    def _start_at_mean(self, run: Run, encoder: Encoder, count: int) -> None:
+        """The mean unit embedding of pictures spread over the data, whole and unaugmented; equal on every rank."""
+        teacher, source = ClipTeacher(run.base_encoder()), self._source(run, None)
+        transform, found = evaluation_transform(teacher.preprocess), []
+        places = range(0, len(source), max(1, len(source) // count))[:count]
+        with run.log.progress("the teacher's mean", len(places)) as bar:
+            for first in range(0, len(places), 64):
+                pictures = []
+                for index in places[first : first + 64]:
+                    with suppress(BadSample):  # the loader counts and replaces them
+                        pictures.append(transform(source[index].image))
+                if pictures:
+                    found.append(torch.nn.functional.normalize(teacher(torch.stack(pictures).to(run.device)), dim=-1))
+                bar.advance(len(places[first : first + 64]))
+        assert isinstance(encoder.image, SamImage)
+        encoder.image.head.start_at(torch.cat(found).mean(0))
 
     def _shared(self, run: Run, stream: ClipStream, encoder: Encoder) -> dict[str, Any]:
         """What every stage needs."""
