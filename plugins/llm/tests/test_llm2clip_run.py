@@ -84,7 +84,7 @@ def trained(tmp_path_factory, base, table, llama, registry):
 
 @pytest.mark.slow
 def test_it_learns_64_pairs_by_heart(tmp_path, base, table, llama, registry):
-    more = {"train.steps": 150, "train.batch_size": 64, "train.lr": 3e-3, "train.log_every": 50}
+    more = {"train.steps": 250, "train.batch_size": 64, "train.lr": 4e-3, "train.warmup": 20, "train.log_every": 50}
     evaluator = [{"use": "core/retrieval", "ks": [1], "data": table}]
     found = run_recipe(
         "llm/llm2clip",
