@@ -17,6 +17,7 @@ from clipgraft.encoders import apply_grafts
 from clipgraft.encoders.openclip import why_not_open_clip
 from clipgraft.errors import InputError
 from clipgraft.evaluation.feature_cache import tower_digest
+from clipgraft.execution import run_recipe
 from clipgraft.registry import Registry
 from clipgraft.testing.tiny import tiny_clip
 from clipgraft.types import FeatureRequest
@@ -180,3 +181,25 @@ def test_settings_travel_with_a_directory_of_ours(llama, registry):
     assert described["template"] == LLAMA_TEMPLATE and described["max_length"] == 40
     plain = encoders.load(f"llm:{llama}", registry=registry)
     assert plain.tokenizer.settings == encoder.tokenizer.settings
+
+
+def test_a_plain_recipe_trains_the_projection_of_a_grafted_tower(llama, registry, tmp_path):
+    """The graft in a recipe that knows nothing of it: one step from a folder of pictures to an export."""
+    from PIL import Image
+
+    for k, name in enumerate(("red", "blue", "green", "black")):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32), (60 * k, 10, 200)).save(tmp_path / "pictures" / name / "0.png")
+    base = write_export(tiny_clip().eval(), tmp_path / "base")
+    found = run_recipe(
+        "core/finetune",
+        overrides={
+            "model.from": str(base), "data.from": f"folder:{tmp_path}/pictures", "losses": [{"use": "core/clip"}],
+            "grafts": [{"use": "llm/transformer-text", "model": str(llama), "projection": "linear"}],
+            "train.steps": 2, "train.batch_size": 4, "train.lr": 0.01, "threads": 1,
+        },
+        out=tmp_path / "run",
+        registry=registry,
+    )  # fmt: skip
+    encoder = open_export(found.export, registry=registry).eval()
+    assert said(encoder).shape == (2, 16) and encoder.data.grafts[0].name == "llm/transformer-text"
