@@ -117,6 +117,14 @@ def test_bootstrap_p_values_and_holm() -> None:
     assert holm([]) == []
 
 
+def test_an_evaluation_with_a_long_name_is_a_file_of_its_own(tmp_path):
+    long = [f"core/zero-shot[{'setting=1,' * 40}last={k}]@x:y" for k in range(2)]
+    records.save(tmp_path / "out", {name: Evaluation({"m": 1.0}, samples=rows([k])) for k, name in enumerate(long)})
+    back = records.read(tmp_path / "out")
+    assert [back[name].samples[0]["correct"] for name in long] == [False, True]
+    assert all(len(file.name.encode()) < 200 for file in (tmp_path / "out").iterdir())
+
+
 def test_saved_evaluations_come_back(tmp_path) -> None:
     samples = rows([1, 0, 1], kind=["a", "a", "b"])
     statistics = {"total": Share("correct"), "a": Share("correct", where=("kind", "a"))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +16,10 @@ SUMMARY = "evaluation.json"
 
 
 def file_stem(name: str) -> str:
-    """An evaluation's name ("core/pairs@toyworld/pairs") as a file name."""
-    return "".join(c if c.isalnum() or c in "-_.,=[]" else "--" if c == "@" else "-" for c in name)
+    """An evaluation's name ("core/pairs@toyworld/pairs") as a file name; of a long one the end is a hash of it."""
+    stem = "".join(c if c.isalnum() or c in "-_.,=[]" else "--" if c == "@" else "-" for c in name)
+    # settings tell two evaluators of one name apart, and file systems take 255 bytes, temporary ending included
+    return stem if len(stem.encode()) <= 180 else f"{stem[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
 def save(folder: Path, found: Mapping[str, Evaluation]) -> None:
