@@ -52,6 +52,7 @@ def settings(world, **more):
         },
         "adapt": {"sizes": [32, 96], "train": {**train, "steps": 2}},
         "evaluate.retention": "none",
+        "precision": "fp32",
     }
     return base | more
 
@@ -129,7 +130,7 @@ def test_kept_features_change_nothing(world, tmp_path):
     for name, cache in (("without", {}), ("with", {"clip": True, "sam": True})):
         run = finished(world, tmp_path / name, **plain, multitask=stage, cache=cache)
         found.append(losses(run.run))
-    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert found[0] == pytest.approx(found[1], rel=1e-3, abs=1e-5)
     kept = sorted((tmp_path / "with" / "features").glob("*/*.safetensors"))
     assert len(kept) == 2
     torch.testing.assert_close(torch.tensor(found[0][0]), torch.tensor(found[1][0]), atol=1e-5, rtol=1e-4)

@@ -220,9 +220,25 @@ def test_an_untouched_student_has_no_mask_loss(sam_sizes, sam_model):
     stage = two_streams(sam_sizes, sam_model)
     stage.begin(0)
     out = stage(batch())
-    assert float(out.terms["masks"]) < 1e-5 < float(out.terms["clip"])
+    assert float(out.terms["masks"].detach()) < 1e-5 < float(out.terms["clip"].detach())
     out.loss.backward()
     assert all(p.grad is not None for p in stage.parameters() if p.requires_grad)
+
+
+def test_losses_of_twenty_steps(sam_sizes, sam_model):
+    """Golden: what both streams came to when this was written."""
+    stage = two_streams(sam_sizes, sam_model, train=CONFIG.model_copy(update={"lr": 3e-3}))
+    optimizer, found = build_optimizer(stage, stage.train_config), []
+    torch.manual_seed(0)
+    for step in range(20):
+        stage.begin(step)
+        optimizer.zero_grad()
+        out = stage(batch(seed=step % 3))
+        out.loss.backward()
+        optimizer.step()
+        found.append([float(out.terms["clip"].detach()), float(out.terms["masks"].detach())])
+    golden = [[1.02655, 0.0], [0.29458, 0.0024], [0.01731, 0.00394]]
+    assert [found[k] for k in (0, 5, 19)] == [pytest.approx(row, rel=0.02, abs=1e-4) for row in golden]
 
 
 def test_without_the_mask_stream_neck_and_decoder_stay(sam_sizes, sam_model):

@@ -14,12 +14,12 @@ BASES = ("toyworld/clip", "toyworld/clip-1", "toyworld/clip-2")
 METHOD = Arm(name="sam-clip", recipe=TINY)
 CROWDS = "toyworld/crowds?split=test&n=128&size=64&segments=color"
 ON_TUNE = (
-    "on the tuning split of base 0 alone: 80 steps at a rate of 2e-3 taught no colours (.22 of pictures) until the head "
-    "started at the teacher's mean embedding; then the preset gave colours .953 (CLIP .984), masks .921 (SAM .925; "
-    "without the mask stream .799, with colours .984 and segments .433), segments by patches .288 (the CLIP's own "
-    "patches .420), refined .300, own masks named by own patches .325 or by own crops .800, SAM's masks named by the "
-    "CLIP from crops .857. 400 steps of 64 pictures at 32 pixels, without masks, named .286 of the 64 classes of colour "
-    "and shape (CLIP .82), so colours alone are asked. Other weights of the mask loss were not tried"
+    "on the tuning split of base 0 alone: 80 steps at a rate of 2e-3 taught no colours (.22 of pictures) until the "
+    "head started at the teacher's mean embedding; then the preset gave colours .953 (CLIP .984), masks .921 (SAM "
+    ".925, without the mask stream .799, with colours .984 and segments .433), segments by patches .288 (the CLIP's "
+    "own patches .420), refined .300, own masks named by own patches .325 or by own crops .800, SAM's masks named by "
+    "the CLIP from crops .857. 400 steps of 64 pictures at 32 pixels, without masks, named .286 of the 64 classes of "
+    "colour and shape (CLIP .82), so colours alone are asked. Other weights of the mask loss were not tried"
 )
 
 SAM_CLIP = Claim(
