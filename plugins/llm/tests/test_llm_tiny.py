@@ -166,7 +166,7 @@ def test_a_narrower_student_exports_as_plain_open_clip(tmp_path):
             {"width": 24, "heads": 1},
             r"width 24 with 1 heads needs heads of 24 channels, the teacher's have 16; heads 2 fit",
         ),
-        ({"layers": 3}, "can't give 3"),
+        ({"layers": 3}, "image: layers 3 is more than the teacher's 2"),
         ({"hidden": 500}, "hidden 500 is more than"),
     ],
 )
@@ -242,7 +242,7 @@ def test_the_same_student_as_a_graft_of_another_recipe(tmp_path, settings, regis
     ("change", "words"),
     [
         ({"student": {}}, "student says no size"),
-        ({"student": {"text": {"layers": 9}}}, "can't give 9"),
+        ({"student": {"text": {"layers": 9}}}, r"student\.text: layers 9 is more than the teacher's 2"),
         ({"teacher": None}, "affinity learns from a teacher; set teacher to base"),
         ({"student": {"image": {"wide": 9}}}, "wide"),
     ],

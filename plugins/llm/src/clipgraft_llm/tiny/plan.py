@@ -85,6 +85,7 @@ def plan_tower(
     heads = size.heads or max(1, width // head_width)
     hidden = size.hidden or round(shape.hidden * width / shape.width)
     for name, wanted, had in (
+        ("layers", layers, shape.layers),
         ("width", width, shape.width),
         ("heads", heads, shape.heads),
         ("hidden", hidden, shape.hidden),
