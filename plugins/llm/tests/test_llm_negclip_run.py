@@ -165,3 +165,39 @@ def test_the_command_writes_wrong_captions_that_a_run_takes(tmp_path, folder, re
     assert isinstance(result.exception, InputError) and "is no folder" in str(result.exception)
     result = CliRunner().invoke(app, ["negatives", f"csv:{folder}/dull.csv", "--out", str(out), "--rule", "replace"])
     assert isinstance(result.exception, InputError) and "make no wrong caption" in str(result.exception)
+
+
+def test_hard_pictures_are_neighbours_in_one_batch(tmp_path, folder, registry):
+    from safetensors.torch import save_file
+
+    ids = [f"{k}.png" for k in range(16)]
+    angle = torch.arange(16) // 2 * 0.7  # pairs of alike pictures
+    told = torch.frombuffer(bytearray(json.dumps(ids).encode()), dtype=torch.uint8)
+    save_file(
+        {"embeddings": torch.stack([angle.cos(), angle.sin()], 1), "ids_json": told}, tmp_path / "near.safetensors"
+    )
+    seen = []
+
+    class Watch:
+        observer = False
+
+        @runhook
+        def before_step(self, run, batch):
+            seen.append(batch.ids)
+
+    made = RunHooks.__init__
+
+    def watched(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        self.register(Watch(), "watch")
+
+    overrides = settings(
+        folder, **{"data.batches": "hard", "data.neighbours": str(tmp_path / "near.safetensors"), "data.cluster": 2}
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunHooks, "__init__", watched)
+        run_recipe("negclip", overrides=overrides, out=tmp_path / "run", registry=registry)
+    assert len(seen) == 3
+    for batch in seen:
+        numbers = [int(name.removesuffix(".png")) for name in batch]
+        assert all(number ^ 1 in numbers for number in numbers)
