@@ -7,7 +7,7 @@ read at random, and bytes per caption.
 
     python benchmarks/llm_cache.py [--size small|medium] [--batch 64] [--steps 7] [--json]
 
-``small``: a language model of 13 million weights beside a ViT of 1 million, ``medium``: of 100 million beside ViT-B/32.
+``small``: a language model of 10 million weights beside a ViT of 1 million, ``medium``: of 76 million beside ViT-B/32.
 Real language models are a hundred times that, so the ratio here is a lower bound of theirs.
 """
 
