@@ -134,6 +134,8 @@ def test_the_loss_of_classes_is_cross_entropy_over_all_of_them() -> None:
 
 
 class Three(torch.nn.Module):
+    """A term of the loss that is always three."""
+
     def forward(self, seen: Seen) -> dict[str, torch.Tensor]:
         assert seen.chosen == ("cat", "dog") and seen.clips.shape == (4, 3, 3, SIZE, SIZE)
         return {"loss": seen.video.pooled.sum() * 0 + 3}
@@ -142,10 +144,8 @@ class Three(torch.nn.Module):
 def test_more_terms_add_to_the_loss_with_their_weights() -> None:
     model = VideoModel(tiny_clip())
     plain, given = stage(model, prompts=[["cat"], ["dog"]]).eval(), batch(model)
-    more = stage(
-        model, prompts=[["cat"], ["dog"]], terms={"x": (2.0, lambda v, c, b: {"loss": v.pooled.sum() * 0 + 3})}
-    )
-    assert torch.allclose(more.eval()(given).loss, plain(given).loss + 6, atol=1e-5)
+    more = stage(model, prompts=[["cat"], ["dog"]], terms={"x": (2.0, Three())}).eval()
+    assert torch.allclose(more(given).loss, plain(given).loss + 6, atol=1e-5)
 
 
 def test_an_export_brings_its_head_back(tmp_path: Path) -> None:

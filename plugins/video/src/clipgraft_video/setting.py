@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clipgraft.data.base import Source, entry_of
 from clipgraft.data.loader import class_prompts
@@ -11,6 +11,9 @@ from clipgraft.encoders.base import Encoder
 from clipgraft.errors import ClipgraftError, InputError
 from clipgraft_video.class_lists import read_classes
 from clipgraft_video.config import Statistics, VideoRunConfig, VideoTextConfig
+from clipgraft_video.mixing import Mixing
+from clipgraft_video.model import VideoModel
+from clipgraft_video.stage import VideoStage
 
 if TYPE_CHECKING:
     from clipgraft.runner import Run
@@ -96,6 +99,22 @@ def _lengths(run: Run, prompts: list[list[str]], encoder: Encoder) -> None:
     full = int((ids[:, -1] != encoder.tokenizer.pad_id).sum())
     if full:
         run.log.info(f"{full} of {len(flat)} class texts fill the context of {ids.shape[1]} tokens and may be cut")
+
+
+def stage_of(run: Run, config: VideoRunConfig, model: VideoModel, **more: Any) -> VideoStage:
+    """The stage that the shared settings describe; ``more`` is the method's own part."""
+    source, mixing = run.train_source(), config.mixing
+    return VideoStage(
+        "videos",
+        train=config.train,
+        source=source,
+        model=model,
+        objective=config.objective,
+        prompts=[] if config.objective == "captions" else class_prompt_lists(source, config.text),
+        smoothing=config.smoothing,
+        mixing=Mixing(mixing.mixup, mixing.cutmix, mixing.switch),
+        **more,
+    )
 
 
 def frames_of_data(source: Source) -> int | None:

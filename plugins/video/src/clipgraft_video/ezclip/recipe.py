@@ -14,9 +14,8 @@ from clipgraft_video.ezclip.graft import AdaptedTextBlock, EzClipGraft, Temporal
 from clipgraft_video.ezclip.motion import Motion
 from clipgraft_video.grafting import grafted, has_frames
 from clipgraft_video.heads import Mean, Pool
-from clipgraft_video.mixing import Mixing
 from clipgraft_video.model import VideoModel
-from clipgraft_video.setting import class_prompt_lists, frames_of_data, problems_of, standardised
+from clipgraft_video.setting import frames_of_data, problems_of, stage_of, standardised
 from clipgraft_video.stage import VideoStage
 
 NAME = "video/ez-clip"
@@ -49,21 +48,15 @@ class EzClip:
         return problems
 
     def _build(self, run: Run) -> VideoStage:
-        c, source = self.config, run.train_source()
-        encoder = grafted(run, NAME, c.method)
-        standardised(encoder, c.statistics).requires_grad_(False)
+        c = self.config
+        encoder = standardised(grafted(run, NAME, c.method), c.statistics).requires_grad_(False)
         new = [*new_parameters(encoder, TemporalPromptBlock), *new_parameters(encoder, AdaptedTextBlock)]
         for parameter in new:
             parameter.requires_grad_(True)
-        return VideoStage(
-            "videos",
-            train=c.train,
-            source=source,
-            model=VideoModel(encoder, Mean(c.pool)),
-            objective=c.objective,
-            prompts=[] if c.objective == "captions" else class_prompt_lists(source, c.text),
-            smoothing=c.smoothing,
-            mixing=Mixing(c.mixing.mixup, c.mixing.cutmix, c.mixing.switch),
+        return stage_of(
+            run,
+            c,
+            VideoModel(encoder, Mean(c.pool)),
             terms={"motion": (c.motion, Motion())} if c.motion else {},
             groups=[{"name": "new", "params": new}],
         )

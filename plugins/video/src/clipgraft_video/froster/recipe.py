@@ -12,9 +12,8 @@ from clipgraft_video.froster.distillation import ResidualDistillation
 from clipgraft_video.froster.view import FrosterView
 from clipgraft_video.grafting import grafted
 from clipgraft_video.heads import Mean, Pool
-from clipgraft_video.mixing import Mixing
 from clipgraft_video.model import VideoModel
-from clipgraft_video.setting import class_prompt_lists, problems_of, standardised
+from clipgraft_video.setting import problems_of, stage_of, standardised
 from clipgraft_video.stage import VideoStage
 from clipgraft_video.vifi.recipe import choose
 
@@ -52,26 +51,14 @@ class Froster:
         return problems_of(run, self.config)
 
     def _build(self, run: Run) -> VideoStage:
-        c, source, terms = self.config, run.train_source(), {}
+        c, d = self.config, self.config.distillation
         encoder = grafted(run, NAME, FrosterView()) if c.neighbours else run.encoder
         choose(standardised(encoder, c.statistics), "both")
-        if c.distillation.weight:
-            teacher = VideoModel(standardised(run.base_encoder(), c.statistics), Mean(c.pool))
-            term = ResidualDistillation(
-                teacher, encoder.image.embed_dim, scale=c.distillation.scale, residual=c.distillation.residual
-            ).to(run.device)
-            terms["distillation"] = (c.distillation.weight, term)
-        stage = VideoStage(
-            "videos",
-            train=c.train,
-            source=source,
-            model=VideoModel(encoder, Mean(c.pool)),
-            objective=c.objective,
-            prompts=[] if c.objective == "captions" else class_prompt_lists(source, c.text),
-            smoothing=c.smoothing,
-            mixing=Mixing(c.mixing.mixup, c.mixing.cutmix, c.mixing.switch),
-            terms=terms,
-        )
-        if terms:
-            stage.freeze(teacher)
+        model = VideoModel(encoder, Mean(c.pool))
+        if not d.weight:
+            return stage_of(run, c, model)
+        teacher = VideoModel(standardised(run.base_encoder(), c.statistics), Mean(c.pool))
+        term = ResidualDistillation(teacher, encoder.image.embed_dim, scale=d.scale, residual=d.residual)
+        stage = stage_of(run, c, model, terms={"distillation": (d.weight, term.to(run.device))})
+        stage.freeze(teacher)
         return stage

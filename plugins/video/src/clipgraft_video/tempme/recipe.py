@@ -13,7 +13,7 @@ from clipgraft_video.config import VideoRunConfig
 from clipgraft_video.grafting import grafted, has_frames
 from clipgraft_video.heads import Mean, Pool
 from clipgraft_video.model import VideoModel
-from clipgraft_video.setting import class_prompt_lists, frames_of_data, problems_of, standardised
+from clipgraft_video.setting import frames_of_data, problems_of, stage_of, standardised
 from clipgraft_video.stage import VideoStage
 from clipgraft_video.tempme.graft import MergingBlock, TempMeGraft, TextLowRankBlock
 from clipgraft_video.tempme.merging import schedule
@@ -48,9 +48,8 @@ class TempMe:
         return problems
 
     def _build(self, run: Run) -> VideoStage:
-        c, source = self.config, run.train_source()
-        encoder = grafted(run, NAME, c.method)
-        standardised(encoder, c.statistics).requires_grad_(c.trained == "all")
+        c = self.config
+        encoder = standardised(grafted(run, NAME, c.method), c.statistics).requires_grad_(c.trained == "all")
         encoder.logit_scale.requires_grad_(False)
         if encoder.logit_bias is not None:
             encoder.logit_bias.requires_grad_(False)
@@ -61,12 +60,4 @@ class TempMe:
         counts = schedule(side**2 + 1, c.method.frames, encoder.image.depth, c.method.settings)
         whole = (side**2 + 1) * c.method.frames
         run.log.info(f"tokens per video behind each block: {', '.join(str(n * k) for n, k in counts)}, of {whole}")
-        return VideoStage(
-            "videos",
-            train=c.train,
-            source=source,
-            model=VideoModel(encoder, Mean(c.pool)),
-            objective=c.objective,
-            prompts=[] if c.objective == "captions" else class_prompt_lists(source, c.text),
-            smoothing=c.smoothing,
-        )
+        return stage_of(run, c, VideoModel(encoder, Mean(c.pool)))

@@ -12,9 +12,8 @@ from clipgraft.recipe import StagePlan
 from clipgraft.runner import Run
 from clipgraft_video.config import VideoRunConfig
 from clipgraft_video.heads import Mean, Pool
-from clipgraft_video.mixing import Mixing
 from clipgraft_video.model import VideoModel
-from clipgraft_video.setting import class_prompt_lists, problems_of, standardised
+from clipgraft_video.setting import problems_of, stage_of, standardised
 from clipgraft_video.stage import VideoStage
 
 Trained = Literal["both", "image", "text"]
@@ -42,18 +41,8 @@ class ViFiClip:
         return problems_of(run, self.config)
 
     def _build(self, run: Run) -> VideoStage:
-        c, source = self.config, run.train_source()
-        encoder = choose(standardised(run.encoder, c.statistics), c.trained)
-        return VideoStage(
-            "videos",
-            train=c.train,
-            source=source,
-            model=VideoModel(encoder, Mean(c.pool)),
-            objective=c.objective,
-            prompts=[] if c.objective == "captions" else class_prompt_lists(source, c.text),
-            smoothing=c.smoothing,
-            mixing=Mixing(c.mixing.mixup, c.mixing.cutmix, c.mixing.switch),
-        )
+        encoder = choose(standardised(run.encoder, self.config.statistics), self.config.trained)
+        return stage_of(run, self.config, VideoModel(encoder, Mean(self.config.pool)))
 
 
 def choose(encoder: Encoder, trained: Trained) -> Encoder:

@@ -11,9 +11,8 @@ from clipgraft.runner import Run
 from clipgraft_video.blocks import new_parameters
 from clipgraft_video.config import VideoRunConfig
 from clipgraft_video.grafting import grafted, has_frames
-from clipgraft_video.mixing import Mixing
 from clipgraft_video.model import HEAD, VideoModel
-from clipgraft_video.setting import class_prompt_lists, frames_of_data, problems_of, standardised
+from clipgraft_video.setting import frames_of_data, problems_of, stage_of, standardised
 from clipgraft_video.stage import VideoStage
 from clipgraft_video.xclip.graft import MessageBlock, XClipGraft
 
@@ -48,20 +47,9 @@ class XClip:
         return problems
 
     def _build(self, run: Run) -> VideoStage:
-        c, source = self.config, run.train_source()
-        encoder = grafted(run, NAME, c.method)
-        standardised(encoder, c.statistics).requires_grad_(False)
+        encoder = standardised(grafted(run, NAME, self.config.method), self.config.statistics).requires_grad_(False)
         encoder.image.requires_grad_(True)
-        return VideoStage(
-            "videos",
-            train=c.train,
-            source=source,
-            model=VideoModel(encoder),
-            prompts=class_prompt_lists(source, c.text),
-            smoothing=c.smoothing,
-            mixing=Mixing(c.mixing.mixup, c.mixing.cutmix, c.mixing.switch),
-            groups=groups(encoder.image, new_lr=c.new_lr),
-        )
+        return stage_of(run, self.config, VideoModel(encoder), groups=groups(encoder.image, new_lr=self.config.new_lr))
 
 
 def groups(image: Any, *, new_lr: float) -> list[dict[str, Any]]:
