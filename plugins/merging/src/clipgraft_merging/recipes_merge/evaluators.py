@@ -33,13 +33,12 @@ class Ingredients(Config):
             encoder = load(reference, registry=current()).eval().to(device)
             aside = EncoderFeatures(encoder, batch_size=features.batch_size, log=features.log)
             scores.append(ZeroShot()(aside, source).metrics["top1"])
-        chosen = scores[told["chosen"]] if scores and told.get("chosen") is not None else None
         scores = scores or [own]
+        pick = 0 if len(scores) == 1 else told.get("chosen")  # of one there is no choice
         found = {"top1": own, "mean": sum(scores) / len(scores), "worst": min(scores), "best": max(scores)}
         found |= {"over_mean": own - found["mean"], "over_best": own - found["best"]}
-        if not told.get("ingredients") or chosen is not None:
-            found["chosen"] = own if chosen is None else chosen
-            found["over_chosen"] = own - found["chosen"]
+        if pick is not None:
+            found |= {"chosen": scores[pick], "over_chosen": own - scores[pick]}
         return Evaluation(found)
 
 
@@ -49,8 +48,8 @@ class Continual(Config):
     ``average``: accuracy of the last model over tasks. ``backward``: mean change of a task's accuracy from when it was
     merged to the end (backward transfer; below 0 is forgetting), without the last task. ``learnt``: mean accuracy of
     each task when it was merged. For each compared method NAME: ``average/NAME``, ``backward/NAME``, ``learnt/NAME``
-    and the distances ``over/NAME`` and ``backward_over/NAME``. Before the run: what ``tasks`` say of the base, and 0.
-    The evaluator's own data aren't read.
+    and the distances ``over/NAME`` and ``backward_over/NAME``. Before the run all are 0. The evaluator's
+    own data aren't read.
     """
 
     compare: tuple[str, ...] = Field((), description="methods that the run compares, so that 0 stands for them before")
@@ -59,7 +58,7 @@ class Continual(Config):
         """Nothing is encoded."""
         told = measured() or {}
         methods, own = told.get("methods", {}), told.get("method")
-        zero = {"average": told.get("base", 0.0), "backward": 0.0, "learnt": 0.0}
+        zero = {"average": 0.0, "backward": 0.0, "learnt": 0.0}
         mine = methods.get(own, zero)
         found = {name: float(mine[name]) for name in zero}
         for name in dict.fromkeys((*self.compare, *methods)):
