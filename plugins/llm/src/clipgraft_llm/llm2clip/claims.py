@@ -59,9 +59,13 @@ LLM2CLIP = Claim(
     budget=420,
     tried=(
         "on the tuning split of base 0, with 200 steps on 4,096 pictures: text-to-image R@1 .658 with the text model "
-        "and .001 with random weights, zero-shot .815 and .718 (before: .820). Captions that tell everything instead "
-        "of one to nine details cost zero-shot: that first setting of this preset was measured on the test split of "
-        "base 0 by mistake, R@1 .713 and zero-shot .451 there; nothing but the data's captions, chosen for what it "
-        "cost, followed from it. The preset was then shortened to 120 steps on 2,048 pictures without another look"
+        "and .001 with random weights, zero-shot .815 and .718 (before: .820). Before that, a first setting of the "
+        "preset, with captions that tell everything instead of one to nine details, was measured on the test split of"
+        " base 0 by mistake: R@1 .713, zero-shot .451. The captions were changed after that look, because of what "
+        "they cost; margins were written later and far below either number. The preset was then shortened to 120 "
+        "steps on 2,048 pictures without another look. On the test split: holds. Zero-shot falls by 6.5 points, from "
+        ".824 to .759, on base 2 to 88 % of what it was; with random weights it falls to .520, with the CLIP's own "
+        "text tower not at all. The words of the descriptions are in the own tower's vocabulary but in no training "
+        "caption, so that control says that they can't be learnt from these pairs, not that the tower is weak"
     ),
 )
