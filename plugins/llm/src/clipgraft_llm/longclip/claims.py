@@ -115,8 +115,8 @@ POSITIONS = Claim(
     budget=60,
     shares=FOLDER,
     tried=(
-        f"{TUNED}. One look at the test split: short recall .624 against .587, as it was before stretching, but zero-shot "
-        ".820 against .816: its margin of .005 is missed, p .30"
+        f"{TUNED}. One look at the test split: short recall .624 against .587, as it was before stretching, but zero-"
+        "shot .820 against .816: its margin of .005 is missed, p .30"
     ),
 )
 
@@ -135,7 +135,7 @@ INTERPOLATION = Claim(
     budget=240,
     shares=FOLDER,
     tried=(
-        f"{TUNED}. There the resampled positions ended .03 higher, so it was not expected to hold. One look at the test "
-        "split: .586 against .605"
+        f"{TUNED}. There the resampled positions ended .03 higher, so it was not expected to hold. One look at the "
+        "test split: .586 against .605"
     ),
 )
