@@ -46,5 +46,6 @@ def speaks_toy(encoder: Encoder) -> bool:
     if encoder.text is None or tokenizer is None:
         return False
     texts = [TEMPLATES[0].format(name) for name in class_names()[:8]]
-    ours, theirs = encode(texts, context_length=tokenizer.context_length), tokenizer(texts)  # it may have been lengthened
+    theirs = tokenizer(texts)
+    ours = encode(texts, context_length=tokenizer.context_length)  # it may have been lengthened
     return ours.shape == theirs.shape and torch.equal(ours, theirs.to(ours.dtype))
