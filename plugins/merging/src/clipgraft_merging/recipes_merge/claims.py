@@ -41,9 +41,9 @@ SOUP = Claim(
     budget=300,
     tried=(
         f"{ON_ONE_BASE}, once: the soup .850, its ingredients .837 on average, .832 the chosen one and .849 the best; "
-        "before .785. One look at the test split: holds. In the means there before .810, ingredients .858, the chosen one "
-        ".860, the soup .874, over each base's best ingredient by .013. One fine-tune with the steps of all four is better "
-        "still (.888), so here the soup is no way to spend training, only a way to use fine-tunes that exist"
+        "before .785. One look at the test split: in the means before .810, ingredients .858, the chosen one .860, the "
+        "soup .874, over each base's best ingredient by .013. One fine-tune with the steps of all four is better still "
+        "(.888), so here the soup is no way to spend training, only a way to use fine-tunes that exist"
     ),
 )
 
@@ -63,7 +63,7 @@ INTERPOLATED = Arm(name="wise-ft", recipe="merging/wise-ft:tiny", note="before i
 WISE_TRIED = (
     f"{ON_ONE_BASE}: at a rate of 1e-3 top1 on other backgrounds was .822, .852, .734 (alpha 0, .4, 1), at 6e-4 .822, "
     ".857, .799, at 3e-4 .813, .847, .837 (other pictures), at 1.5e-4 .849 without interpolation. One "
-    "look at the test split: before .811, fine-tuned .830, interpolated .850; GENTLE"
+    "look at the test split: before .811, fine-tuned .830, interpolated .850, and as much (.851) by the gentler fine-tune alone"
 )
 
 WISE = Claim(
@@ -108,10 +108,10 @@ OPCM_TRIED = (
     ".533, .564, .588, .509 at scales .2, .3, .5, 1, average .533 (six tasks and longer fine-tunes: .599, .587, "
     ".520, .582, .563, .425). alpha .3, .5, .7: .596, .605, .599; mode paper .572. Backward transfer: opcm -.115, "
     "without its projection -.132, task arithmetic -.004, -.024, -.097, -.163, so it was not expected to be above "
-    "task arithmetic's, which learns less to begin with. One look at the test split: accuracy at the end .589, without the "
-    "projection .559, task arithmetic .550, average .540, and every margin is met; but what the projection adds in "
-    "backward transfer (-.115 against -.141) is nearly all from one base (p = .10), so the rule as a whole is not. "
-    "Against task arithmetic (-.110) it is -.005"
+    "task arithmetic's, which learns less to begin with. One look at the test split: accuracy at the end .589, without "
+    "the projection .559, task arithmetic .550, average .540, and every margin is met; but what the projection adds in "
+    "backward transfer (-.115 against -.141) is mostly one base's (p = .10), so the rule as a whole is not. Against "
+    "task arithmetic (-.110) it is -.005"
 )
 METHOD = Arm(
     name="opcm",
