@@ -232,11 +232,12 @@ def test_settings_that_are_mentioned_exist(page: Path, registry: Registry) -> No
 
 
 @every_page
-def test_data_references_have_settings_that_exist(page: Path, registry: Registry) -> None:
+def test_references_have_settings_that_exist(page: Path, registry: Registry) -> None:
+    evaluators = {found.name for found in registry.list("evaluator")}  # "core/retrieval?ks=[1]@SRC"
     for name, query in re.findall(r"(?<![\w/])(\w+/[\w-]+)\?([\w=&,.-]+)", page.read_text("utf-8")):
         if name.startswith("plugin/"):
             continue
-        cls = registry.config_class("dataset", name)
+        cls = registry.config_class("evaluator" if name in evaluators else "dataset", name)
         assert cls is not None
         for key in (part.partition("=")[0] for part in query.split("&")):
             assert key in cls.model_fields, f"{page.name}: {name} has no setting {key}"
