@@ -45,8 +45,9 @@ NEGCLIP = Claim(
     tried=(
         "On the tuning split of base 0 only, accuracy on swapped colours and zero-shot accuracy (before .53 and .82): "
         "without rehearsal .95 and .56, the same without wrong captions .70 and .56; a cosine to the old embeddings "
-        "instead .71 and .72 to .92 and .64; half of the pictures rehearsed .58 and .85; a fifth, as here, .88 and .73. "
-        "One look at the test split: holds, p = .044. The bases differ: accuracy .87, .63 and .96 against .58, .55 and .68 "
-        "without wrong captions; zero-shot keeps 90, 94 and 74 %, about as much as without wrong captions (91, 96, 79)"
+        "instead .71 and .72 to .92 and .64; half of the pictures rehearsed .58 and .85; a fifth, as here, .88 and "
+        ".73. One look at the test split: holds, p = .044. The bases differ: accuracy .87, .63 and .96 against .58, "
+        ".55 and .68 without wrong captions; zero-shot keeps 90, 94 and 74 %, about as much as without wrong captions "
+        "(91, 96, 79)"
     ),
 )

@@ -43,10 +43,10 @@ TINYCLIP = Claim(
     budget=200,
     tried=(
         "On the tuning split of base 0 only, zero-shot accuracy (teacher .82), 120 steps of 96: with 8,192 pictures "
-        "affinities alone .70, captions alone .75, both losses .77, nothing inherited .09; with 512 pictures, as here, "
-        "affinities .67 and captions alone .60. So where exact captions abound the teacher alone does not help here. A "
-        "narrower image tower (96 of 128 channels) had .57 after 150 steps and .70 after 400 of 128. One look at the test "
-        "split: margins met (+.053 over no teacher, +.498 over no inheritance, 76 % kept), but the teacher's gains, +.046, "
-        "+.023 and +.089, are too unlike for three bases: p = .055, so it does not hold"
+        "affinities alone .70, captions alone .75, both losses .77, nothing inherited .09; with 512 pictures, as "
+        "here, affinities .67 and captions alone .60. So where exact captions abound the teacher alone does not help "
+        "here. A narrower image tower (96 of 128 channels) had .57 after 150 steps and .70 after 400 of 128. One look "
+        "at the test split: margins met (+.053 over no teacher, +.498 over no inheritance, 76 % kept), but the "
+        "teacher's gains, +.046, +.023 and +.089, are too unlike for three bases: p = .055, so it does not hold"
     ),
 )
