@@ -41,7 +41,7 @@ SOUP = Claim(
     budget=300,
     tried=(
         f"{ON_ONE_BASE}, once: the soup .850, its ingredients .837 on average, .832 the chosen one and .849 the best; "
-        "before .785. One look at the test split: in the means before .810, ingredients .858, the chosen one .860, the "
+        "before .785. One look at the test split: holds; in the means before .810, ingredients .858, the chosen one .860, the "
         "soup .874, over each base's best ingredient by .013. One fine-tune with the steps of all four is better still "
         "(.888), so here the soup is no way to spend training, only a way to use fine-tunes that exist"
     ),
@@ -63,7 +63,8 @@ INTERPOLATED = Arm(name="wise-ft", recipe="merging/wise-ft:tiny", note="before i
 WISE_TRIED = (
     f"{ON_ONE_BASE}: at a rate of 1e-3 top1 on other backgrounds was .822, .852, .734 (alpha 0, .4, 1), at 6e-4 .822, "
     ".857, .799, at 3e-4 .813, .847, .837 (other pictures), at 1.5e-4 .849 without interpolation. One "
-    "look at the test split: before .811, fine-tuned .830, interpolated .850, and as much (.851) by the gentler fine-tune alone"
+    "look at the test split: before .811, fine-tuned .830, interpolated .850, and as much (.851) by "
+    "the gentler fine-tune alone"
 )
 
 WISE = Claim(
