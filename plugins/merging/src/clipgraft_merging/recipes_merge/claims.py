@@ -41,9 +41,9 @@ SOUP = Claim(
     budget=300,
     tried=(
         f"{ON_ONE_BASE}, once: the soup .850, its ingredients .837 on average, .832 the chosen one and .849 the best; "
-        "before .785. One look at the test split: holds; in the means before .810, ingredients .858, the chosen one .860, "
-        "the soup .874, over each base's best ingredient by .013. One fine-tune with the steps of all four is better still "
-        "(.888), so here the soup is no way to spend training, only a way to use fine-tunes that exist"
+        "before .785. One look at the test split: holds; in the means before .810, ingredients .858, the chosen one "
+        ".860, the soup .874, over each base's best ingredient by .013. One fine-tune with the steps of all four is "
+        "better still (.888), so here the soup is no way to spend training, only a way to use fine-tunes that exist"
     ),
 )
 
