@@ -54,10 +54,10 @@ SAM_CLIP = Claim(
     budget=480,
     shares="merging/sam-clip",
     tried=(
-        f"{ON_TUNE}. One look at the test split: holds. In the means there, colours .980 before and .954 after, masks .919 "
-        "(SAM) and .915 after; without the mask stream .830 with colours .992; from a random tower the masks are empty "
-        "(0) with colours .994, so the SAM is needed for its masks and slows the colours down, and that control says "
-        "only that masks aren't learnt from nothing in 120 steps"
+        f"{ON_TUNE}. One look at the test split: holds. In the means there, colours .980 before and .954 after, masks "
+        ".919 (SAM) and .915 after; without the mask stream .830 with colours .992; from a random tower the masks are "
+        "empty (0) with colours .994, so the SAM is needed for its masks and slows the colours down, and that control "
+        "says only that masks aren't learnt from nothing in 120 steps"
     ),
 )
 
@@ -95,7 +95,8 @@ SEGMENTS = Claim(
     budget=240,
     shares="merging/sam-clip",
     tried=(
-        f"not expected to hold; {ON_TUNE}. One look at the test split: does not hold. mIoU .393 by its patches, .474 by "
-        "the CLIP's own (value path), .904 by SAM and CLIP in a row; only on base 2 is it above the CLIP's patches"
+        f"not expected to hold; {ON_TUNE}. One look at the test split: does not hold. mIoU .393 by its patches, "
+        ".474 by the CLIP's own (value path), .904 by SAM and CLIP in a row; only on base 2 is it above the "
+        "CLIP's patches"
     ),
 )
