@@ -79,4 +79,5 @@ def opcm(
         seconds = round(time.monotonic() - started, 3)
         emit({"out": str(folder), **after.as_dict(), "scale": after.scale, "seconds": seconds})
         return
-    print(f"model: {folder} ({len(after.models)} models merged)")
+    count = len(after.models)
+    print(f"model: {folder} ({count} {'model' if count == 1 else 'models'} merged)")
