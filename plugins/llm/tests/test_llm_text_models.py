@@ -1,6 +1,7 @@
 """Text models as they are published: attention, padding, pooling, prompts, and what is refused in one line."""
 
 import json
+import os
 import shutil
 import warnings
 from dataclasses import replace
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from clipgraft.encoders import load
 from clipgraft.errors import ClipgraftError, InputError
 from clipgraft_llm.testing import LLAMA_TEMPLATE, write_tiny_embedder, write_tiny_llama
 from clipgraft_llm.tower.caption_tokens import CaptionTokenizer
@@ -285,3 +287,23 @@ def test_what_is_refused_is_told_in_one_line(llama, embedder, tmp_path):
     tensors.pop("model.norm.weight")
     save_file(tensors, part / "model.safetensors", {"format": "pt"})
     assert "norm.weight is missing" in refused(part)
+
+
+@pytest.mark.skipif("CLIPGRAFT_SENTENCE_MODEL" not in os.environ, reason="CLIPGRAFT_SENTENCE_MODEL names no directory")
+def test_a_real_sentence_model_gives_what_transformers_gives():
+    """A sentence-transformers directory that pools by the mean, such as all-MiniLM-L6-v2's."""
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = os.environ["CLIPGRAFT_SENTENCE_MODEL"]
+    texts = ["A man is eating food.", "Someone has a meal.", "The girl is carrying a baby."]
+    inputs = AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
+    encoder = load(f"llm:{folder}").eval()
+    assert encoder.text is not None
+    with torch.no_grad():
+        hidden = AutoModel.from_pretrained(folder).eval()(**inputs).last_hidden_state
+        mask = inputs["attention_mask"][..., None]
+        wanted = F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+        found = encoder.text(encoder.tokenizer(texts)).unit()
+    assert torch.allclose(found, wanted, atol=1e-5)
+    near = found @ found.T
+    assert near[0, 1] > 0.5 > near[0, 2]
