@@ -43,10 +43,10 @@ KNOWN_PLUGINS = {
     "data": "wds hf table karpathy coco mix",
     "embedding": "",
     "evaluation": "mmvp aro sugarcrepe winoground knn clustering calibration out-of-distribution corruption geometry",
-    "llm": "llm2clip long-clip tinyclip mobileclip",
-    "merging": "soup wise-ft ties sam-clip radio clip-moe",
+    "llm": "llm2clip caption-contrast long-clip negclip count-to-ten clip-refine tinyclip reinforce captions",
+    "merging": "soup wise-ft ties opcm sam-clip agglomerate radio clip-moe ewa segmentation zero-shot-seg",
     "toyworld": "images pairs defects videos digits photos clip clip-1 clip-2 retention",
-    "video": "vifi-clip x-clip ez-clip froster tempme",
+    "video": "vifi-clip x-clip ez-clip froster tempme video msrvtt",
 }
 """Plugins of the project and the names people look for, only to say what to install."""
 
