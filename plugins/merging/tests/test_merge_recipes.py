@@ -16,6 +16,10 @@ from clipgraft.testing.tiny import tiny_clip
 from clipgraft_merging.opcm.state import read_state
 from clipgraft_merging.recipes_merge.matrix import summary
 from clipgraft_merging.recipes_merge.tuning import ClassesStage
+from clipgraft_merging.task_arithmetic.arithmetic import TaskArithmetic
+from clipgraft_merging.ties.merger import Ties
+from clipgraft_merging.weights.checkpoints import open_checkpoint
+from clipgraft_merging.weights.engine import merge_state, open_inputs
 
 torch.set_num_threads(1)
 WEIGHTS = "open_clip_model.safetensors"
@@ -100,6 +104,19 @@ def test_soup_of_given_models_greedy_and_best(place, tmp_path):
         if kind == "best":
             made, chosen = weights(done.export), load_file(f"{models[told['chosen']]}/{WEIGHTS}")
             assert all(torch.equal(made[k], chosen[k]) for k in chosen)
+
+
+@pytest.mark.parametrize("method", ["task-arithmetic", "ties"])
+def test_given_models_are_summed_as_by_the_command(place, tmp_path, method):
+    models = [str(write_export(tiny_clip(seed), tmp_path / f"model-{seed}")) for seed in (1, 2)]
+    values = {**soup(place), "ingredients": models, "soup": method, "scale": 0.5, "density": 0.4}
+    done = run("merging/soup", tmp_path / "run", values)
+    merger = TaskArithmetic(scales=(0.5,)) if method == "task-arithmetic" else Ties(density=0.4, scale=0.5)
+    wanted = dict(merge_state(open_inputs(models, base=place / "base"), merger))
+    found = open_checkpoint(done.export)
+    assert len(wanted) > 20 and all(torch.equal(found.tensor(key), value) for key, value in wanted.items())
+    told = json.loads((tmp_path / "run" / "stages" / "00-soup" / "measured.json").read_text())
+    assert told["settings"] == merger.settings()
 
 
 @pytest.mark.slow

@@ -52,9 +52,13 @@ class SoupRunConfig(RunConfig):
     ingredients: tuple[str | Variation, ...] = Field(
         min_length=1, description="models that exist, by reference, or fine-tunes that the run makes, by what differs"
     )
-    soup: Literal["uniform", "greedy", "best"] = Field(
-        "uniform", description="uniform: all; greedy: those that help; best: no soup, the best single one, a control"
+    soup: Literal["uniform", "greedy", "best", "task-arithmetic", "ties"] = Field(
+        "uniform",
+        description="uniform: all; greedy: those that help; best: no soup, the best single one, a control; "
+        "task-arithmetic, ties: what each changed in the base, added",
     )
+    scale: float | None = Field(None, description="of task-arithmetic (null: 0.3) and ties (null: 1)")
+    density: float = Field(0.2, gt=0, le=1, description="share of entries that ties keeps")
     judge: Judging = Field(Judging(), description="for greedy and best, and to tell the ingredients apart")
     tuning: TuningConfig = TuningConfig()
     train: TrainConfig

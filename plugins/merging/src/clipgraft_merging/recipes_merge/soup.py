@@ -6,6 +6,7 @@ Wortsman et al., Model soups, ICML 2022, arXiv 2203.05482.
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 from clipgraft import files
 from clipgraft.errors import InputError
@@ -15,6 +16,9 @@ from clipgraft.stage import JobStage, Stage, StageResult
 from clipgraft_merging.recipes_merge.config import SoupRunConfig, Variation
 from clipgraft_merging.recipes_merge.left_behind import FILE, switch_on
 from clipgraft_merging.recipes_merge.tuning import fine_tune
+
+if TYPE_CHECKING:
+    from clipgraft_merging.weights.engine import Merger
 
 SOUP = "soup"
 
@@ -75,15 +79,28 @@ class SoupRecipe:
             for k, v in enumerate(self.config.ingredients, 1)
         ]
 
+    def _summed(self) -> Merger:
+        """The method that needs no judge."""
+        from clipgraft_merging.soup.uniform import UniformSoup
+        from clipgraft_merging.task_arithmetic.arithmetic import TaskArithmetic
+        from clipgraft_merging.ties.merger import Ties
+
+        c = self.config
+        if c.soup == "task-arithmetic":
+            return TaskArithmetic(scales=(0.3 if c.scale is None else c.scale,))
+        if c.soup == "ties":
+            return Ties(density=c.density, scale=1.0 if c.scale is None else c.scale)
+        return UniformSoup()
+
     def _soup(self, run: Run) -> StageResult:
         from clipgraft_merging.soup.greedy import GreedyRule, GreedySoup, search
         from clipgraft_merging.soup.judge import EvaluatorJudge
         from clipgraft_merging.soup.uniform import UniformSoup
-        from clipgraft_merging.weights.engine import Merger, merge_state, merge_to, open_inputs
+        from clipgraft_merging.weights.engine import merge_state, merge_to, open_inputs
 
         c, models, folder = self.config, self.references(run), run.stage_folder(SOUP)
         inputs = open_inputs(models, base=c.model.from_, registry=run.registry)
-        merger: Merger = UniformSoup()
+        merger = self._summed()
         alone: list[float] = []
         if c.judge.data is not None:
             judge = EvaluatorJudge(
