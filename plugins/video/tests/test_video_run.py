@@ -14,7 +14,8 @@ from clipgraft.execution import run_recipe
 from clipgraft.files import tensors_digest
 from clipgraft.registry import current
 from clipgraft.testing.tiny import tiny_clip
-from clipgraft_video.model import open_video_model
+from clipgraft_video.heads import Mean
+from clipgraft_video.model import open_video_model, stored_head
 from clipgraft_video.xclip.head import XClipHead
 
 WORDS = ("cat", "dog")
@@ -69,6 +70,16 @@ def test_a_recipe_from_files_to_an_export(place: Path, tmp_path: Path, recipe: s
     assert grafts == {"vifi-clip": [], "froster": ["video/neighbours"]}.get(recipe, [f"video/{recipe}"])
     assert (tmp_path / "run/export/open_clip_config.json").exists() == (recipe == "vifi-clip")
     assert isinstance(model.pooling, XClipHead) == (recipe == "x-clip")
+
+
+def test_a_run_is_measured_with_the_head_that_it_trained(place: Path, tmp_path: Path) -> None:
+    given = settings(place, "froster") | {"pool": "mean_logits"}
+    done = run_recipe("video/froster", overrides=given, out=tmp_path / "run")
+    left = tmp_path / "run/stages/00-videos/result/encoder"
+    for folder in (left, tmp_path / "run/export"):
+        head = stored_head(folder, registry=current())
+        assert isinstance(head, Mean) and head.pool == "mean_logits"
+    assert done.metrics and stored_head(place / "clip", registry=current()) is None
 
 
 def test_a_stopped_run_ends_as_if_it_had_not_been_stopped(

@@ -148,6 +148,8 @@ def test_msrvtt_in_its_published_layout(msrvtt: Path) -> None:
     test = opened(f"msrvtt:{msrvtt}?size=32&frames=2")
     assert [f.captions for f in test.files] == [("one sentence 4",), ("one sentence 5",)]
     assert test[1].extra["frames"].shape == (2, 3, 32, 32)
+    assert test.augment.flip == 0.0  # a caption may say left
+    assert opened(f"msrvtt:{msrvtt}?flip=on").augment.flip == 0.5
     train = opened(f"msrvtt:{msrvtt}?split=train-9k&held_out=1")
     tune = opened(f"msrvtt:{msrvtt}?split=train-9k&held_out=1&tune=true")
     assert [f.id for f in train.files] == ["video0", "video1", "video2"] and [f.id for f in tune.files] == ["video3"]

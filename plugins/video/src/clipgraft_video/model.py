@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -90,7 +92,7 @@ def open_video_model(reference: str, *, registry: Registry, head: VideoHead | No
 
 
 def stored_head(folder: Path, *, registry: Registry) -> VideoHead | None:
-    """The head among an export's components; None when there is none."""
+    """The head among an export's components, or beside the encoder that a stage of a run left; None without one."""
     from clipgraft.checkpoint import MANIFEST, read_component, read_manifest
 
     if not (folder / MANIFEST).is_file():
@@ -99,6 +101,14 @@ def stored_head(folder: Path, *, registry: Registry) -> VideoHead | None:
         if record["use"].startswith("video/"):
             head: Any = registry.build("head", record["use"], record["config"])
             head.load_state_dict(read_component(folder, record["name"]))
+            if isinstance(head, VideoHead):
+                return head
+    beside = folder.parent / "components.json"
+    left = json.loads(beside.read_text("utf-8")) if beside.is_file() else {}
+    for name, (use, settings) in left.items():
+        if use.startswith("video/"):
+            head = registry.build("head", use, settings)
+            head.load_state_dict(load_file(folder.parent / f"{name}.safetensors"))
             if isinstance(head, VideoHead):
                 return head
     return None

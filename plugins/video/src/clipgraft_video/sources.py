@@ -35,7 +35,9 @@ class ClipConfig(Config):
     stride: int = Field(16, gt=0, description="of the rule dense [frames]")
     fps: float = Field(25.0, gt=0, description="of folders of pictures, which don't say it [1/s]")
     antialias: bool = Field(True, description="when resizing; false is what the official OpenCV code does")
-    flip: Literal["auto", "on", "off"] = Field("auto", description="auto: off when a class says left or right")
+    flip: Literal["auto", "on", "off"] = Field(
+        "auto", description="auto: off when a class says left or right, and for captions"
+    )
     jitter_per_frame: bool = Field(False, description="other colours in every frame, as in ViFi-CLIP's code")
     max_damaged: float = Field(0.5, ge=0, le=1, description="largest share of frames that a damaged tail may lack")
     max_pixels: int = Field(MAX_PIXELS, gt=0, description="largest frame that is decoded [pixels]")
@@ -76,7 +78,7 @@ class Videos:
         self, name: str, files: Sequence[VideoFile], *, root: Path, classes: Sequence[str], clip: ClipConfig
     ) -> None:
         self.name, self.files, self.root, self.classes, self.clip = name, list(files), root, list(classes), clip
-        flips = clip.flip == "on" or (clip.flip == "auto" and may_flip(self.classes))
+        flips = clip.flip == "on" or (clip.flip == "auto" and bool(self.classes) and may_flip(self.classes))
         self.augment = Augment(flip=0.5 if flips else 0.0, jitter_per_frame=clip.jitter_per_frame)
         digest = hashlib.sha256(repr((self.classes, clip.model_dump())).encode())
         for file in self.files:
