@@ -6,12 +6,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from clipgraft.data.base import Sample
 from clipgraft.distributed import rank
 from clipgraft.errors import InputError
 from clipgraft.testing.ranks import run_ranks
 from clipgraft.types import ImageFeatures
 from clipgraft_video.clock import Clock
-from clipgraft_video.heads import POOLS, Mean, Pool, probabilities
+from clipgraft_video.evaluate import Seen as Looked
+from clipgraft_video.evaluate import _in_all
+from clipgraft_video.heads import POOLS, Mean, Pool
 from clipgraft_video.mixing import Mixing, soft_cross_entropy, targets_of
 from clipgraft_video.objectives import caption_contrast, label_contrast
 
@@ -53,7 +56,10 @@ def test_equal_frames_give_the_scores_of_one_picture(pool: Pool) -> None:
 
 def test_views_are_averaged_after_the_softmax() -> None:
     a, b = torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-    assert torch.allclose(probabilities([a, b]), (a.softmax(-1) + b.softmax(-1)) / 2)
+    one = [Sample("v", torch.empty(0))]
+    seen = [Looked(one, a.softmax(-1)), Looked(one, b.softmax(-1))]  # rows of a look are probabilities
+    samples, rows = _in_all(seen)
+    assert samples == one and torch.allclose(rows, (a.softmax(-1) + b.softmax(-1)) / 2)
 
 
 def test_the_clock_counts_videos_and_forgets() -> None:

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -92,8 +91,3 @@ class Mean(VideoHead):
 def mean(pool: Pool = "mean_raw") -> Mean:
     """``video/mean``."""
     return Mean(pool)
-
-
-def probabilities(logits: list[Tensor]) -> Tensor:
-    """Scores (B, K) of several views -> (B, K): the mean of their softmax."""
-    return torch.stack([view.softmax(-1) for view in logits]).mean(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,18 +98,14 @@ def stored_head(folder: Path, *, registry: Registry) -> VideoHead | None:
 
     if not (folder / MANIFEST).is_file():
         return None
-    for record in reversed(read_manifest(folder)["components"]):
-        if record["use"].startswith("video/"):
-            head: Any = registry.build("head", record["use"], record["config"])
-            head.load_state_dict(read_component(folder, record["name"]))
-            if isinstance(head, VideoHead):
-                return head
     beside = folder.parent / "components.json"
     left = json.loads(beside.read_text("utf-8")) if beside.is_file() else {}
-    for name, (use, settings) in left.items():
-        if use.startswith("video/"):
-            head = registry.build("head", use, settings)
-            head.load_state_dict(load_file(folder.parent / f"{name}.safetensors"))
-            if isinstance(head, VideoHead):
-                return head
+    records = [(use, c, partial(load_file, folder.parent / f"{name}.safetensors")) for name, (use, c) in left.items()]
+    own = read_manifest(folder)["components"]
+    records += [(c["use"], c["config"], partial(read_component, folder, c["name"])) for c in own]
+    for use, settings, tensors in reversed(records):
+        head: Any = registry.build("head", use, settings) if use.startswith("video/") else None
+        if isinstance(head, VideoHead):
+            head.load_state_dict(tensors())
+            return head
     return None

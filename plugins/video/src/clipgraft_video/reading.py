@@ -6,12 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from clipgraft.data.base import BadSample, Sample, Source
 from clipgraft.data.loader import BadSamples
-from clipgraft.data.reading import read
+from clipgraft.data.reading import read, stack_images, without_images
 from clipgraft.errors import InputError
 from clipgraft_video.sources import Videos
 
@@ -62,7 +61,7 @@ def clip_batches(
         for index, error in part.bad.items():
             bad.add(index, error if isinstance(error, BadSample) else BadSample(str(index), str(error)))
         if part.items:
-            yield [replace(item, image=_GONE) for item in part.items], torch.stack([item.image for item in part.items])  # type: ignore[misc, union-attr, list-item]
-
-
-_GONE = torch.empty(0)
+            yield (
+                [item for item in map(without_images, part.items) if isinstance(item, Sample)],
+                stack_images(part.items),
+            )
