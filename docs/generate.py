@@ -45,6 +45,8 @@ PLUGIN_MODULES = {
     "clipgraft.data.base": "Source Sample PairSource Pair BadSample",
     "clipgraft.evaluation.base": "Evaluator Evaluation Features",
     "clipgraft.claims": "Claim Arm Gain Kept",
+    "clipgraft.reporting": "Section Figure Picture Table",
+    "clipgraft.rundir": "RunRecord",
     "clipgraft.checkpoint": "write_export open_export",
     "clipgraft.distributed": "gather_with_grad",
     "clipgraft.testing.tiny": "tiny_clip",
@@ -55,7 +57,7 @@ PLUGIN_MODULES = {
 KIND_TITLES = {
     "encoder": "Encoders", "graft": "Grafts", "head": "Heads", "loss": "Losses", "dataset": "Data sources",
     "evaluator": "Evaluators", "suite": "Suites", "recipe": "Recipes", "run-hook": "Lifecycle hooks", "claim": "Claims",
-    "exporter": "Export formats",
+    "exporter": "Export formats", "report": "Sections of reports",
 }  # fmt: skip
 
 KIND_USES = {
@@ -70,6 +72,7 @@ KIND_USES = {
     "run-hook": "an entry of `hooks:`",
     "claim": "`clipgraft claims NAME`",
     "exporter": "`clipgraft export MODEL --format NAME`",
+    "report": "`clipgraft report RUN`",
 }
 
 

@@ -70,6 +70,11 @@ def clipgraft_exporters() -> list[Component]:  # type: ignore[empty-body]
 
 
 @hookspec
+def clipgraft_reports() -> list[Component]:  # type: ignore[empty-body]
+    """Sections of a run's page; the target ``(run, *, registry)`` returns them (see ``clipgraft.reporting``)."""
+
+
+@hookspec
 def clipgraft_commands() -> list[CommandSpec]:  # type: ignore[empty-body]
     """At most one command group, named like the plugin."""
 

@@ -181,7 +181,7 @@ class Registry:
     def build(self, kind: Kind, name: str, settings: Mapping[str, Any]) -> Any:
         """Check ``settings`` and call the target with the config's fields (a recipe: with the config itself).
 
-        The target of a claim, a suite or an exporter is returned as it is.
+        The target of a claim, a suite, an exporter or a report is returned as it is.
         """
         from clipgraft.config.load import validate
 
@@ -190,7 +190,7 @@ class Registry:
         if cls is None and settings:
             raise InputError(f"{registered.name} has no settings, got {', '.join(settings)}; leave them out")
         if cls is None:
-            return target if kind in ("claim", "suite", "exporter") else target()
+            return target if kind in ("claim", "suite", "exporter", "report") else target()
         config = validate(cls, settings, where=registered.name)
         return target(config) if kind == "recipe" else target(**{f: getattr(config, f) for f in cls.model_fields})
 

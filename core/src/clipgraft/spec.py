@@ -11,7 +11,18 @@ API_GROUP = "clipgraft.v1"
 """Entry-point group of this API major; a plugin built for another major lives in another group."""
 
 Kind = Literal[
-    "encoder", "graft", "head", "loss", "dataset", "evaluator", "suite", "recipe", "run-hook", "claim", "exporter"
+    "encoder",
+    "graft",
+    "head",
+    "loss",
+    "dataset",
+    "evaluator",
+    "suite",
+    "recipe",
+    "run-hook",
+    "claim",
+    "exporter",
+    "report",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -28,7 +39,8 @@ class Component:
 
     ``target`` ("package.module:attribute") is called with the fields of ``config`` (a pydantic model,
     "package.module:Class") as keyword arguments and returns the component. A recipe's target is called with the
-    whole config object; a claim's target is the ``Claim`` itself, a suite's and an exporter's the function itself.
+    whole config object; a claim's target is the ``Claim`` itself, a suite's, an exporter's and a report's the function
+    itself.
     ``presets`` is the package folder ("package.folder") that holds a recipe's ``<name>-<preset>.yaml`` files.
     ``needs`` are requirement strings that must be installed, ``paper`` is "authors, title, venue, arXiv id".
     """

@@ -8,9 +8,9 @@ import pytest
 from clipgraft.evaluation import records as saved
 from clipgraft.evaluation.base import Evaluation
 from clipgraft.registry import Registry
+from clipgraft.rundir import read_run
 from clipgraft_evaluation.pairs import cards, change
 from clipgraft_evaluation.report import write_report
-from clipgraft_evaluation.rundir import read_run
 
 
 def answers(right: set[int], total: int, *, start: int = 0) -> list[dict[str, object]]:

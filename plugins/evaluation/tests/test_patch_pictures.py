@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from clipgraft.rundir import read_run
 from clipgraft_evaluation.patches import patch_pictures, pca_colours
 from clipgraft_evaluation.pictures import as_image, as_uri, tiles_as_uri
 from clipgraft_evaluation.report import write_report
-from clipgraft_evaluation.rundir import read_run
 
 
 def opened(uri: str) -> Image.Image:

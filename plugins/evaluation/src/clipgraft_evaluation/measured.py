@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from clipgraft.evaluation.base import Evaluation
 from clipgraft.evaluation.comparison import Row as Test
 from clipgraft.evaluation.comparison import compare
+from clipgraft.rundir import RunRecord
 from clipgraft_evaluation.pairs import Change, change
-from clipgraft_evaluation.rundir import RunRecord
 
 Span = tuple[float, float]
 Both = tuple[Mapping[str, Evaluation], Mapping[str, Evaluation]]

@@ -8,8 +8,8 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from clipgraft.evaluation.statistics import mcnemar
+from clipgraft.rundir import Record, RunRecord
 from clipgraft_evaluation.pictures import as_image, as_uri
-from clipgraft_evaluation.rundir import Record, RunRecord
 
 if TYPE_CHECKING:
     from clipgraft.data.base import Pair, PairSource

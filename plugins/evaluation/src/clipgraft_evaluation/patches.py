@@ -12,8 +12,8 @@ from torch import Tensor
 
 from clipgraft.data.base import BadSample, Pair
 from clipgraft.errors import ClipgraftError
+from clipgraft.rundir import RunRecord
 from clipgraft_evaluation.pictures import as_image, as_uri, tiles_as_uri
-from clipgraft_evaluation.rundir import RunRecord
 
 if TYPE_CHECKING:
     from clipgraft.data.base import Picture

@@ -15,12 +15,12 @@ from markupsafe import Markup
 
 from clipgraft import files
 from clipgraft.errors import ClipgraftError
+from clipgraft.rundir import RunRecord, StageLog, read_run
 from clipgraft_evaluation.figures import curve, inline, panels
 from clipgraft_evaluation.measured import Group, groups, kept, tests, verdicts
 from clipgraft_evaluation.pairs import Card, Change, cards
 from clipgraft_evaluation.patches import PatchPictures, patch_pictures
 from clipgraft_evaluation.pooling_table import POOLINGS, pooling_tables
-from clipgraft_evaluation.rundir import RunRecord, StageLog, read_run
 
 T = TypeVar("T")
 

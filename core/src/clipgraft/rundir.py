@@ -49,6 +49,15 @@ class RunRecord:
     retention: Record = field(default_factory=dict)
 
     @property
+    def recipe(self) -> str:
+        """The recipe's full name, such as ``video/x-clip``; empty when the run doesn't say."""
+        return str(self.status.get("recipe") or "")
+
+    def measured(self, evaluator: str) -> list[str]:
+        """The names under which an evaluator, such as ``video/classification``, measured after (and before) the run."""
+        return [n for n in {**self.after, **self.before} if n.partition("@")[0].partition("[")[0] == evaluator]
+
+    @property
     def base(self) -> str:
         """The model reference that the run started from."""
         return str(self.config.get("model", {}).get("from", ""))
@@ -83,17 +92,23 @@ class RunRecord:
         ]
         return data or next((node["data"] for node in nodes if node.get("data")), None)
 
+    def node(self, evaluator: str) -> Record:
+        """The entry of ``evaluate.on`` behind "NAME", "NAME@SRC" or "NAME[SETTINGS]@SRC"; empty without one."""
+        name, _, data = evaluator.partition("@")
+        bare, _, told = name.partition("[")
+        default = self.config.get("evaluate", {}).get("data")
+        for node in self.config.get("evaluate", {}).get("on", ()):
+            settings = ",".join(f"{k}={v}" for k, v in node.items() if k not in ("use", "data"))
+            same = node["use"].split("/")[-1] == bare.split("/")[-1] and told.removesuffix("]") in ("", settings)
+            if same and data in ("", node.get("data") or default):
+                return dict(node)
+        return {}
+
     def data_of(self, evaluator: str) -> str | None:
         """The data reference that an evaluator measured on."""
-        name, _, data = evaluator.partition("@")
-        if data:
-            return data
-        settings = self.config.get("evaluate", {})
-        for node in settings.get("on", ()):
-            if node["use"].split("/")[-1] == name.split("/")[-1] and node.get("data"):
-                return str(node["data"])
-        default = settings.get("data")
-        return None if default is None else str(default)
+        told = evaluator.partition("@")[2] or self.node(evaluator).get("data")
+        data = told or self.config.get("evaluate", {}).get("data")
+        return None if data is None else str(data)
 
 
 def read_run(path: Path) -> RunRecord:
