@@ -49,6 +49,8 @@ def settings(place: Path, recipe: str) -> dict[str, object]:
     }
     if recipe in ("x-clip", "ez-clip"):
         given["method.frames"] = 4
+    if recipe == "dist":
+        given["method"] = {"frames": 4, "width": 64, "temporal_width": 8, "rounds": 1}
     if recipe == "tempme":
         given |= {
             "method": {"frames": 4, "joins": [2, 2], "after": 0},
@@ -59,7 +61,7 @@ def settings(place: Path, recipe: str) -> dict[str, object]:
     return given
 
 
-@pytest.mark.parametrize("recipe", ["vifi-clip", "x-clip", "ez-clip", "froster", "tempme"])
+@pytest.mark.parametrize("recipe", ["vifi-clip", "x-clip", "ez-clip", "froster", "tempme", "dist"])
 def test_a_recipe_from_files_to_an_export(place: Path, tmp_path: Path, recipe: str) -> None:
     result = run_recipe(f"video/{recipe}", overrides=settings(place, recipe), out=tmp_path / "run")
     assert result.status == "done" and result.metrics

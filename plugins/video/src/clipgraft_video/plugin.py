@@ -7,10 +7,18 @@ from typing import Any
 from clipgraft.spec import CommandSpec, Component, hookimpl
 
 _PACKAGE = "clipgraft_video"
+DIST = (
+    "Qing et al., Disentangling Spatial and Temporal Learning for Efficient Image-to-Video Transfer Learning, ICCV 2023, "
+    "arXiv 2309.07911"
+)
 EZCLIP = "Ahmad et al., EZ-CLIP: Efficient Zero-Shot Video Action Recognition, arXiv 2312.08010"
 FROSTER = (
     "Huang et al., FROSTER: Frozen CLIP Is A Strong Teacher for Open-Vocabulary Action Recognition, ICLR 2024, "
     "arXiv 2402.03241"
+)
+M2CLIP = (
+    "Wang et al., M2-CLIP: A Multimodal, Multi-task Adapting Framework for Video Action Recognition, AAAI 2024, "
+    "arXiv 2401.11649"
 )
 TEMPME = (
     "Shen et al., TempMe: Video Temporal Token Merging for Efficient Text-Video Retrieval, ICLR 2025, arXiv 2409.01156"
@@ -61,7 +69,9 @@ def clipgraft_grafts() -> list[Component]:
         ("x-clip", "xclip.graft:XClipGraft", "Frames exchange messages in every block; prompts by videos", XCLIP),
         ("ez-clip", "ezclip.graft:EzClipGraft", "Temporal prompts and adapters in frozen towers", EZCLIP),
         ("neighbours", "froster.view:FrosterView", "Frames attend to their neighbours, without parameters", FROSTER),
+        ("m2-clip", "m2clip.graft:M2ClipGraft", "Adapters over frames and their differences; a classifier", M2CLIP),
         ("tempme", "tempme.graft:TempMeGraft", "Tokens merge within and between frames; low-rank updates", TEMPME),
+        ("dist", "distnet.graft:DistGraft", "Networks for time and space beside a frozen tower", DIST),
     )
     return [
         Component(name=name, target=target, config=target, summary=summary, paper=paper)
@@ -78,7 +88,9 @@ def clipgraft_recipes() -> list[Component]:
         ("x-clip", "xclip.recipe", "XClip", "XClipConfig", "Messages between frames, prompts by videos", XCLIP),
         ("ez-clip", "ezclip.recipe", "EzClip", "EzClipConfig", "Temporal prompts, adapters, a motion loss", EZCLIP),
         ("froster", "froster.recipe", "Froster", "FrosterConfig", "Fine-tune beside the frozen CLIP", FROSTER),
+        ("m2-clip", "m2clip.recipe", "M2Clip", "M2ClipConfig", "Adapters for four tasks; frozen towers", M2CLIP),
         ("tempme", "tempme.recipe", "TempMe", "TempMeConfig", "Retrieval with tokens merged over frames", TEMPME),
+        ("dist", "distnet.recipe", "Dist", "DistConfig", "Networks for time and space beside two frozen towers", DIST),
     )
     return [
         Component(
@@ -98,11 +110,16 @@ def clipgraft_evaluators() -> list[Component]:
     """Evaluators."""
     return [
         Component(name=name, target=target, config=target, summary=summary)
-        for name, attribute, summary in (
-            ("classification", "Classification", "Videos by the texts of their classes, with several views"),
-            ("text-retrieval", "VideoRetrieval", "Captions by videos and videos by captions"),
+        for name, where, summary in (
+            (
+                "classification",
+                "evaluator:Classification",
+                "Videos by the texts of their classes, with several views",
+            ),
+            ("classifier", "m2clip.evaluator:TrainedClassifier", "Videos by a model's own classifier (M2-CLIP)"),
+            ("text-retrieval", "evaluator:VideoRetrieval", "Captions by videos and videos by captions"),
         )
-        for target in [f"{_PACKAGE}.evaluator:{attribute}"]
+        for target in [f"{_PACKAGE}.{where}"]
     ]
 
 
