@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import platform
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from clipgraft import distributed, files, retention
+from clipgraft import distributed, environment, files, retention
 from clipgraft.errors import InputError, Interrupted
 from clipgraft.evaluation.comparison import Row
 from clipgraft.log import RunLog
@@ -25,8 +24,6 @@ from clipgraft.recipe import Recipe, StagePlan
 from clipgraft.registry import Registry, current
 from clipgraft.runner import Run, shipped
 from clipgraft.stage import StageResult
-
-LIBRARIES = ("clipgraft", "torch", "torchvision", "accelerate", "open_clip_torch", "safetensors", "numpy", "pillow")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,32 +61,37 @@ def run_recipe(
     overrides: Sequence[str] | Mapping[str, Any] = (),
     out: Path | str | None = None,
     resume: Path | str | None = None,
+    repeat: Path | str | None = None,
     seed: int | None = None,
     dry_run: bool = False,
     registry: Registry | None = None,
 ) -> Result:
     """Run ``RECIPE[:PRESET]`` with overrides ("a.b=c" strings or a mapping) into ``out``, or continue ``resume``.
 
+    ``repeat`` is a run directory, or the config.yaml in it: the same recipe with the same config, apart from overrides.
+    What is otherwise than it was then is told; at the end the weights of both are compared.
+
     Raises ``InputError`` for bad input before any work, ``Interrupted`` after a stop request with the state saved.
     """
-    from clipgraft.config.load import load_recipe, load_run
+    from clipgraft.config.load import load_recipe, load_run, run_folder
 
-    registry = registry or current()
+    registry, other = registry or current(), None if repeat is None else run_folder(Path(repeat))
+    changes = [f"{k}={json.dumps(v)}" for k, v in overrides.items()] if isinstance(overrides, Mapping) else [*overrides]
+    changes += [] if seed is None else [f"seed={seed}"]
     if resume is not None:
         path = Path(resume)
-        if overrides or configs or seed is not None:
+        if changes or configs or other is not None:
             raise InputError("--resume continues a run as it was configured; start a new run to change settings")
         registered, config = load_run(path, registry=registry)
     else:
-        if recipe is None:
+        if other is not None and (recipe is not None or configs):
+            raise InputError("--from RUN knows its recipe and settings; leave RECIPE and --config out, or use --set")
+        if other is not None:
+            registered, config = load_run(other, overrides=changes, registry=registry)
+        elif recipe is None:
             raise InputError("name a recipe, such as genhancer:tiny (clipgraft list recipes), or --resume DIR")
-        changes = (
-            list(overrides)
-            if not isinstance(overrides, Mapping)
-            else [f"{k}={json.dumps(v)}" for k, v in overrides.items()]
-        )
-        changes += [] if seed is None else [f"seed={seed}"]
-        registered, config = load_recipe(recipe, files=configs, overrides=changes, registry=registry)
+        else:
+            registered, config = load_recipe(recipe, files=configs, overrides=changes, registry=registry)
         retention.check(config, registry=registry)
         path = Path(out) if out is not None else _new_folder(registered.name)
     if config.threads:
@@ -99,11 +101,18 @@ def run_recipe(
     run = Run(path=path, config=config, recipe=registered, registry=registry, log=RunLog())
     if problems := plan_maker.check(run):
         raise InputError("; ".join(problems))
+    told = environment.differences(other, run) if other is not None else []
     if dry_run:
+        for line in told:
+            run.log.info(f"otherwise than in {other}: {line}")
         for stage in plan_maker.plan():
-            run.log.info(f"would run stage {stage.name}")
+            run.log.info(f"would run stage {stage.name}{stage.about and f' ({stage.about})'}")
         return Result(path, None, "dry-run", 0, {}, 0.0)
     _prepare_folder(run, resuming=resume is not None)
+    if other is not None and run.is_main:
+        files.write_json(run.path / environment.REPEAT, {"of": str(other.resolve()), "differences": told})
+        for line in told:
+            run.log.info(f"otherwise than in {other}: {line}")
     return _execute(run, plan_maker)
 
 
@@ -117,7 +126,7 @@ def _execute(run: Run, recipe: Recipe) -> Result:
     if run.config.trackers:
         run.accelerator.init_trackers(run.recipe.name.replace("/", "-"))
     try:
-        with _stop_on_signals(run):
+        with _stop_on_signals(run), environment.determinism(run.config.deterministic):
             run.status("running")
             run.hooks.call("on_run_start", run=run)
             run.measure("before")
@@ -133,6 +142,8 @@ def _execute(run: Run, recipe: Recipe) -> Result:
                 run.log.info(f"writing {export}")
                 card = model_card(run, metrics, kept)
                 write_export(run.encoder, export, components=left, lineage=run.lineage(), card=card)
+                for line in environment.compare_results(run):
+                    run.log.info(line)
             distributed.barrier()
     except BaseException as error:
         stopped = isinstance(error, Interrupted)
@@ -145,6 +156,7 @@ def _execute(run: Run, recipe: Recipe) -> Result:
             run.accelerator.end_training()
     seconds = time.monotonic() - began
     steps = sum(_steps(run.stage_folder(p.name) / "metrics.jsonl") for p in stages)
+    steps += sum(json.loads(inner.read_text("utf-8"))["steps"] for inner in run.path.glob("steps/*/status.json"))
     run.status("done", seconds=round(seconds, 2), steps=steps)
     return Result(run.path, export, "done", steps, metrics, seconds, retention.as_metrics(kept))
 
@@ -161,6 +173,8 @@ def _run_stage(run: Run, plan: StagePlan) -> StageResult:
     run.hooks.call("on_stage_start", run=run, stage=stage)
     result = stage.run(run)
     run.keep(plan, result)
+    if run.trained_on and run.is_main:
+        files.write_json(run.path / environment.DATA, run.trained_on)
     run.hooks.call("on_stage_end", run=run, stage=stage, result=result)
     return result
 
@@ -210,28 +224,10 @@ def _prepare_folder(run: Run, *, resuming: bool) -> None:
             from clipgraft.config.load import dump_yaml
 
             files.write_text(run.path / "config.yaml", dump_yaml(run.config))
-            files.write_text(run.path / "command.txt", " ".join(sys.argv) + "\n")
-        files.write_json(run.path / "env.json", environment(run))
-        files.write_json(run.path / "plugins.json", run.registry.freeze())
+            files.write_text(run.path / "command.txt", shlex.join(sys.argv) + "\n")
+        files.write_json(run.path / environment.ENVIRONMENT, environment.environment(run))
+        files.write_json(run.path / environment.PLUGINS, run.registry.freeze())
     distributed.barrier()
-
-
-def environment(run: Run) -> dict[str, Any]:
-    """Versions and hardware, to tell why two runs differ."""
-    versions: dict[str, str | None] = {}
-    for name in LIBRARIES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": str(run.device),
-        "processes": distributed.world_size(),
-        "threads": torch.get_num_threads(),
-        "versions": versions,
-    }
 
 
 def model_card(run: Run, metrics: Mapping[str, float], kept: Sequence[Row] = ()) -> str:

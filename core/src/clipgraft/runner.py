@@ -43,6 +43,7 @@ class Run:
     registry: Registry
     log: RunLog
     stop_requested: bool = False
+    trained_on: dict[str, Any] = field(default_factory=dict)
     hooks: RunHooks = field(default_factory=RunHooks)
     _encoder: Encoder | None = None
     _plan: list[str] = field(default_factory=list)
@@ -99,6 +100,7 @@ class Run:
 
         data = self.config.data
         source = self.open_source(data.from_)
+        self.trained_on = {"from": data.from_, "samples": len(source), "fingerprint": source.fingerprint}
         return source if data.exclude is None else exclude(source, data.exclude, log=self.log)
 
     def component(self, stage: str, name: str) -> dict[str, torch.Tensor]:

@@ -23,6 +23,12 @@ def run(
     set_: SetOption = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Run directory. Default: runs/RECIPE-N.")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Continue an interrupted run.")] = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", metavar="RUN", help="Repeat this run, and tell what is otherwise now (RUN/config.yaml)."
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Short for --set seed=N.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, list the stages, do nothing.")] = False,
     json: JsonFlag = False,
@@ -34,7 +40,14 @@ def run(
 
     with redirect_stdout(sys.stderr):  # whatever libraries print
         result = run_recipe(
-            recipe, configs=config or (), overrides=set_ or (), out=out, resume=resume, seed=seed, dry_run=dry_run
+            recipe,
+            configs=config or (),
+            overrides=set_ or (),
+            out=out,
+            resume=resume,
+            repeat=from_,
+            seed=seed,
+            dry_run=dry_run,
         )
     from clipgraft import distributed
 

@@ -210,13 +210,26 @@ def load_recipe(
     return recipe, complete(recipe, values, registry=registry)
 
 
-def load_run(folder: Path, *, registry: Registry) -> tuple[Registered, RunConfig]:
+def run_folder(path: Path) -> Path:
+    """The run directory that ``path`` is, or whose config.yaml it is."""
+    if path.is_file() and path.name != "config.yaml":
+        raise InputError(f"{path} is no config.yaml of a run; give a run directory, or RECIPE --config {path}")
+    return path.parent if path.is_file() else path
+
+
+def load_run(folder: Path, *, overrides: Sequence[str] = (), registry: Registry) -> tuple[Registered, RunConfig]:
     """The recipe and config of a run directory."""
     status = folder / "status.json"
     if not status.is_file():
         raise InputError(f"{folder} is no run directory (it has no status.json); give the --out of an earlier run")
-    recipe = registry.ready("recipe", json.loads(status.read_text("utf-8"))["recipe"])
-    return recipe, complete(recipe, read_yaml(folder / "config.yaml"), registry=registry)
+    try:
+        name = str(json.loads(status.read_text("utf-8"))["recipe"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise InputError(f"{status} is damaged; start again with clipgraft run RECIPE --config FILE") from None
+    recipe, values = registry.ready("recipe", name), read_yaml(folder / "config.yaml")
+    for override in overrides:
+        assign(values, override)
+    return recipe, complete(recipe, values, registry=registry)
 
 
 def complete(recipe: Registered, values: Values, *, registry: Registry) -> RunConfig:

@@ -164,4 +164,5 @@ class RunConfig(Config):
     requires: tuple[str, ...] = Field((), description="requirements of plugins, such as clipgraft-diffusion>=0.1")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast; weights stay fp32")
     seed: int = Field(0, ge=0, description="of everything that is drawn")
+    deterministic: bool = Field(False, description="only kernels that give the same bits every time; may be slower")
     threads: int | None = Field(None, gt=0, description="CPU threads of this process; null leaves them")
