@@ -9,7 +9,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
+
+from clipgraft.encoders import load
+from clipgraft.encoders.base import Encoder
 
 BITS, BLOCK = 10, 16
 
@@ -67,3 +71,10 @@ def write_video() -> Callable[..., Path]:
 def numbers() -> Callable[[Tensor], list[int]]:
     """Which frames these are."""
     return painted_numbers
+
+
+@pytest.fixture(scope="session")
+def vit_b_16() -> Encoder:
+    """ViT-B/16 without numbers (torch's meta device), to count what a paper trains; copy it before a graft."""
+    with torch.device("meta"):
+        return load("open_clip:ViT-B-16-quickgelu")

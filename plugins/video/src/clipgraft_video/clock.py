@@ -16,19 +16,25 @@ from clipgraft.errors import InputError
 
 
 class Clock:
-    """``frames``: T of the call at work."""
+    """``frames``: T of the call at work. ``left``: what blocks leave for the head, forgotten when the call ends."""
 
     def __init__(self) -> None:
-        self.frames = 1
+        self.frames, self.left, self._shown = 1, dict[str, Tensor](), False
 
     @contextmanager
     def showing(self, frames: int) -> Iterator[None]:
         """T consecutive pictures are one video inside the block."""
-        before, self.frames = self.frames, frames
+        before, self.frames, self._shown = (self.frames, self._shown), frames, True
         try:
             yield
         finally:
-            self.frames = before
+            self.frames, self._shown = before
+            self.left.clear()
+
+    def leave(self, name: str, x: Tensor) -> None:
+        """Keep ``x`` for the head of this call; a picture alone has no head and keeps nothing."""
+        if self._shown:
+            self.left[name] = x
 
     def videos(self, x: Tensor) -> Tensor:
         """(B T, ...) -> (B, T, ...)."""

@@ -45,9 +45,9 @@ class VideoStage(TrainStage):
 
     ``classes``: cross entropy over the texts of all K classes (ViFi-CLIP, X-CLIP, FROSTER); ``labels``: contrast inside
     the batch, where videos of one class are all right (EZ-CLIP); ``captions``: contrast with one caption per video.
-    ``prompts`` are the texts per class; with several, each step draws one. ``terms`` {name: (weight, module)} add to
-    the loss; a module maps ``Seen`` to scalars by name, "loss" among them. A text tower without trainable parameters is
-    read once and kept.
+    ``prompts`` are the texts per class; with several, each step draws one. ``weight`` is the objective's share of the
+    loss; ``terms`` {name: (weight, module)} add to it; a module maps ``Seen`` to scalars by name, "loss" among them. A
+    text tower without trainable parameters is read once and kept.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class VideoStage(TrainStage):
         prompts: Sequence[Sequence[str]] = (),
         smoothing: float = 0.0,
         mixing: Mixing | None = None,
+        weight: float = 1.0,
         terms: Mapping[str, tuple[float, nn.Module]] | None = None,
         groups: Sequence[Mapping[str, Any]] = (),
         max_logit_scale: float | None = None,
@@ -72,6 +73,7 @@ class VideoStage(TrainStage):
         self.model, self.objective, self.prompts = model, objective, [list(texts) for texts in prompts]
         self.smoothing, self.mixing, self.groups = smoothing, mixing or Mixing(), list(groups)
         self.terms = nn.ModuleDict({key: module for key, (_, module) in (terms or {}).items()})
+        self.weight = weight
         self.weights = {key: weight for key, (weight, _) in (terms or {}).items()}
         self.max_logit_scale = max_logit_scale
         self._kept: Tensor | None = None
@@ -84,6 +86,7 @@ class VideoStage(TrainStage):
             raise InputError(f"{self.source.name} holds pictures, no videos; use video:DIR or video:LIST")
         clips = batch.extra["frames"].float() / 255
         loss, terms, seen = self._objective(clips, batch)
+        loss = loss if self.weight == 1 else self.weight * loss
         for name, term in self.terms.items():
             found = term(seen)
             loss = loss + self.weights[name] * found["loss"]
