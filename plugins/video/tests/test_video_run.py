@@ -51,9 +51,10 @@ def settings(place: Path, recipe: str) -> dict[str, object]:
         given["method.frames"] = 4
     if recipe == "dist":
         given["method"] = {"frames": 4, "width": 64, "temporal_width": 8, "rounds": 1}
-    if recipe == "tempme":
+    if recipe in ("tempme", "prompt-switch"):
+        method = {"joins": [2, 2], "after": 0} if recipe == "tempme" else {"prompts": 2}
         given |= {
-            "method": {"frames": 4, "joins": [2, 2], "after": 0},
+            "method": {"frames": 4, **method},
             "data.from": f"video:{place}/videos.csv?root={place}/videos&frames=4&size=32",
             "evaluate.on": ["video/text-retrieval"],
             "evaluate.data": f"video:{place}/videos.csv?root={place}/videos&frames=4&size=32",
@@ -61,7 +62,7 @@ def settings(place: Path, recipe: str) -> dict[str, object]:
     return given
 
 
-@pytest.mark.parametrize("recipe", ["vifi-clip", "x-clip", "ez-clip", "froster", "tempme", "dist"])
+@pytest.mark.parametrize("recipe", ["vifi-clip", "x-clip", "ez-clip", "froster", "tempme", "dist", "prompt-switch"])
 def test_a_recipe_from_files_to_an_export(place: Path, tmp_path: Path, recipe: str) -> None:
     result = run_recipe(f"video/{recipe}", overrides=settings(place, recipe), out=tmp_path / "run")
     assert result.status == "done" and result.metrics
@@ -123,6 +124,9 @@ def test_a_stopped_run_ends_as_if_it_had_not_been_stopped(
         ("x-clip", {"objective": "captions"}, "set objective to classes"),
         ("tempme", {"data.from": "video:{}/videos?frames=4&size=32"}, "has no caption"),
         ("vifi-clip", {"data.from": "video:{}/videos.csv?root={}/videos&size=32"}, "names 0 classes"),
+        ("dist", {"method.frames": 8}, "the method has frames=8, data.from gives 4"),
+        ("prompt-switch", {"method.frames": 6}, "no multiple of method.frames=6"),
+        ("prompt-switch", {"objective": "classes"}, "the objective classes has none; set caption=0"),
     ],
 )
 def test_what_can_be_seen_before_any_work_is_said(

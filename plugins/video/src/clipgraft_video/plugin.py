@@ -8,8 +8,8 @@ from clipgraft.spec import CommandSpec, Component, hookimpl
 
 _PACKAGE = "clipgraft_video"
 DIST = (
-    "Qing et al., Disentangling Spatial and Temporal Learning for Efficient Image-to-Video Transfer Learning, ICCV 2023, "
-    "arXiv 2309.07911"
+    "Qing et al., Disentangling Spatial and Temporal Learning for Efficient Image-to-Video Transfer Learning, "
+    "ICCV 2023, arXiv 2309.07911"
 )
 EZCLIP = "Ahmad et al., EZ-CLIP: Efficient Zero-Shot Video Action Recognition, arXiv 2312.08010"
 FROSTER = (
@@ -19,6 +19,9 @@ FROSTER = (
 M2CLIP = (
     "Wang et al., M2-CLIP: A Multimodal, Multi-task Adapting Framework for Video Action Recognition, AAAI 2024, "
     "arXiv 2401.11649"
+)
+PROMPT_SWITCH = (
+    "Deng et al., Prompt Switch: Efficient CLIP Adaptation for Text-Video Retrieval, ICCV 2023, arXiv 2308.07648"
 )
 TEMPME = (
     "Shen et al., TempMe: Video Temporal Token Merging for Efficient Text-Video Retrieval, ICLR 2025, arXiv 2409.01156"
@@ -72,6 +75,7 @@ def clipgraft_grafts() -> list[Component]:
         ("m2-clip", "m2clip.graft:M2ClipGraft", "Adapters over frames and their differences; a classifier", M2CLIP),
         ("tempme", "tempme.graft:TempMeGraft", "Tokens merge within and between frames; low-rank updates", TEMPME),
         ("dist", "distnet.graft:DistGraft", "Networks for time and space beside a frozen tower", DIST),
+        ("prompt-switch", "promptswitch.graft:PromptSwitchGraft", "Frames exchange prompts of a cube", PROMPT_SWITCH),
     )
     return [
         Component(name=name, target=target, config=target, summary=summary, paper=paper)
@@ -91,6 +95,14 @@ def clipgraft_recipes() -> list[Component]:
         ("m2-clip", "m2clip.recipe", "M2Clip", "M2ClipConfig", "Adapters for four tasks; frozen towers", M2CLIP),
         ("tempme", "tempme.recipe", "TempMe", "TempMeConfig", "Retrieval with tokens merged over frames", TEMPME),
         ("dist", "distnet.recipe", "Dist", "DistConfig", "Networks for time and space beside two frozen towers", DIST),
+        (
+            "prompt-switch",
+            "promptswitch.recipe",
+            "PromptSwitch",
+            "PromptSwitchConfig",
+            "Retrieval with a cube of prompts; captions written in training",
+            PROMPT_SWITCH,
+        ),
     )
     return [
         Component(

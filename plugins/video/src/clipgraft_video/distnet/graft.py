@@ -23,7 +23,7 @@ from clipgraft_video.model import CLOCK, HEAD
 
 @dataclass(frozen=True, slots=True)
 class DistFeatures(ImageFeatures):
-    """``pooled`` (B T, D): every frame has its video's embedding. ``spatial`` (B T', D): what CLIP says of its frames."""
+    """``pooled`` (B T, D): every frame has its video's embedding. ``spatial`` (B T', D): CLIP's own of what it saw."""
 
     spatial: Tensor | None = None
 
@@ -108,7 +108,7 @@ class DistGraft(Config):
         0.0,
         ge=0,
         le=1,
-        description="share of the frozen CLIP in the scores of a test; 0.5 for classes never trained on",
+        description="share of the frozen CLIP in the scores of a test; 0.5 for other classes than were trained",
     )
 
     def apply(self, encoder: Encoder) -> Encoder:

@@ -70,7 +70,10 @@ class ToIntegration(nn.Module):
 
 
 class ToTemporal(nn.Module):
-    """Patches of the integration for the temporal network, each frame ``alpha`` times: (B, T', L, C) -> (B, V, T, h, w)."""
+    """Patches of the integration for the temporal network, every frame ``alpha`` times.
+
+    (B, T', L, C) -> (B, V, T, h, w).
+    """
 
     def __init__(self, width: int, temporal: int, *, alpha: int) -> None:
         super().__init__()
