@@ -105,7 +105,14 @@ def clipgraft_recipes() -> list[Component]:
             config="clipgraft.finetune:FinetuneConfig",
             summary="Train on image-text pairs with any losses and grafts",
             presets="clipgraft.recipes",
-        )
+        ),
+        Component(
+            name="pipeline",
+            target="clipgraft.pipeline:Pipeline",
+            config="clipgraft.pipeline:PipelineConfig",
+            summary="Recipes one after another, each on the model that the one before it left",
+            presets="clipgraft.recipes",
+        ),
     ]
 
 

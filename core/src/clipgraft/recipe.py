@@ -13,10 +13,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
-    """A stage by name and how to build it; ``build`` runs after the earlier stages ended and freed their memory."""
+    """A stage by name and how to build it; ``build`` runs after the earlier stages ended and freed their memory.
+
+    ``about``: what a dry run says beside the name.
+    """
 
     name: str
     build: Callable[[Run], Stage]
+    about: str = ""
 
 
 class Recipe(Protocol):

@@ -135,7 +135,9 @@ def as_markdown(rows: Sequence[Row]) -> str:
 
 
 def trains(config: BaseModel) -> bool:
-    """Whether a recipe's config holds a training stage."""
+    """Whether a recipe's config holds a training stage, or says by ``trains`` that its steps do."""
+    if getattr(config, "trains", False):
+        return True
     inner = [v for value in dict(config).values() for v in (value if isinstance(value, tuple | list) else (value,))]
     return isinstance(config, TrainConfig) or any(trains(v) for v in inner if isinstance(v, BaseModel))
 
