@@ -10,20 +10,8 @@ import pluggy
 API_GROUP = "clipgraft.v1"
 """Entry-point group of this API major; a plugin built for another major lives in another group."""
 
-Kind = Literal[
-    "encoder",
-    "graft",
-    "head",
-    "loss",
-    "dataset",
-    "evaluator",
-    "suite",
-    "recipe",
-    "run-hook",
-    "claim",
-    "exporter",
-    "report",
-]
+Kind = Literal["encoder", "graft", "head", "loss", "dataset", "evaluator", "suite", "recipe", "run-hook", "claim",
+               "exporter", "report"]  # fmt: skip
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 hookimpl = pluggy.HookimplMarker("clipgraft")

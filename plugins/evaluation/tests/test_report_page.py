@@ -13,7 +13,8 @@ from clipgraft.evaluation import records
 from clipgraft.evaluation.base import Evaluation
 from clipgraft.evaluation.comparison import compare
 from clipgraft.evaluation.statistics import Share, intervals, value
-from clipgraft_evaluation.report import number, signed, size, write_report
+from clipgraft_evaluation.page import number, signed, size
+from clipgraft_evaluation.report import write_report
 
 VOID = {"meta", "img", "br", "hr", "link", "input", "path", "use", "rect"}
 
@@ -80,7 +81,7 @@ def test_it_says_what_changed_in_sections(page: Page) -> None:
     assert re.search(
         r"mean 0\.100 \[0\.000, 0\.\d+] 0\.333 \[0\.\d+, 0\.\d+] \+0\.233 \[[+−]0\.\d+, \+0\.\d+]", page.text
     )
-    assert "0.092 cannot tell" in page.text and "adjusted for the 1 tests of this section" in page.text
+    assert "cannot tell p = 0.092" in page.text and "adjusted for the 1 tests of this section" in page.text
     assert "3 of 30 right before, 10 after: 10 newly right, 3 newly wrong (two-sided sign test, p = 0.092)" in page.text
     assert "10 of 10, spread over the patterns" in page.text
     assert "torch 2.15.0" in page.text and "plugin squares clipgraft-squares 0.1" in page.text
@@ -130,7 +131,7 @@ def test_damaged_records_cost_only_the_tests(run_dir: Path, squares: object) -> 
     (run_dir / "evaluation/after/core-pairs.parquet").write_bytes(b"no parquet")
     page = Page(write_report(run_dir).read_text("utf-8"))
     assert "Records of samples" in page.text and "can't be read as Parquet" in page.text
-    assert "top1 0.768 0.744 −0.024" in page.text and "0.092 cannot tell" in Page(good).text
+    assert "top1 0.768 0.744 −0.024" in page.text and "cannot tell p = 0.092" in Page(good).text
 
 
 def test_what_is_missing_is_named(page: Page) -> None:

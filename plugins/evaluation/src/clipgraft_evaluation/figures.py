@@ -95,12 +95,20 @@ def smooth(values: Sequence[float], *, window: int) -> list[float]:
     return means
 
 
-def curve(axis: Axes, steps: Sequence[float], values: Sequence[float], *, title: str, color: str = SERIES[1]) -> None:
-    """One curve: every value faintly, its running mean on top."""
+def curve(
+    axis: Axes,
+    steps: Sequence[float],
+    values: Sequence[float],
+    *,
+    title: str,
+    color: str = SERIES[1],
+    label: str = "",
+) -> None:
+    """One curve: every value faintly, its running mean on top; ``label`` is its name in a legend."""
     window = max(1, len(values) // 20)
     if window > 1:
         axis.plot(steps, values, color=color, alpha=0.3, linewidth=0.8)
-    axis.plot(steps, smooth(values, window=window), color=color, marker="o" if len(values) == 1 else "")
+    axis.plot(steps, smooth(values, window=window), color=color, marker="o" if len(values) == 1 else "", label=label)
     head(axis, title)
     axis.margins(x=0.01)
     axis.ticklabel_format(axis="y", scilimits=(-2, 4), useMathText=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from clipgraft.evaluation.base import Evaluation
@@ -69,25 +69,33 @@ def tests(both: Both) -> dict[str, Test]:
     return {test.name: test for test in compare(*both) if test.p is not None}
 
 
-def groups(run: RunRecord, both: Both, tested: Mapping[str, Test]) -> list[Group]:
-    """Evaluators in the order of the run, with their metrics in the order that they reported."""
+def groups(
+    run: RunRecord, both: Both, tested: Mapping[str, Test], *, data_of: Callable[[str], str | None] | None = None
+) -> list[Group]:
+    """Evaluators in the order of the run, with their metrics in the order that they reported.
+
+    ``data_of`` names an evaluator's data, by default as the run's config does.
+    """
     (before, after), made = both, []
+    data_of = data_of or run.data_of
     for name in dict.fromkeys([*before, *after]):
         then, now = before.get(name, Evaluation({})), after.get(name, Evaluation({}))
         rows = tuple(
-            Row(
-                metric,
-                then.metrics.get(metric),
-                now.metrics.get(metric),
-                then.intervals.get(metric),
-                now.intervals.get(metric),
-                metric in then.lower | now.lower,
-                tested.get(f"{name}.{metric}"),
-            )
+            _row(metric, then, now, tested.get(f"{name}.{metric}"))
             for metric in dict.fromkeys([*then.metrics, *now.metrics])
         )
-        made.append(Group(name, run.data_of(name), rows, change(then.samples, now.samples)))
+        made.append(Group(name, data_of(name), rows, change(then.samples, now.samples)))
     return made
+
+
+def _row(metric: str, then: Evaluation, now: Evaluation, test: Test | None) -> Row:
+    """Values are of the shared samples where a test says so; an interval is of all samples and goes with these only."""
+    found: list[tuple[float | None, Span | None]] = []
+    for side, shared in ((then, test and test.a), (now, test and test.b)):
+        value, interval = side.metrics.get(metric), side.intervals.get(metric)
+        found.append((value, interval) if shared is None or shared == value else (shared, None))
+    (before, before_span), (after, after_span) = found
+    return Row(metric, before, after, before_span, after_span, metric in then.lower | now.lower, test)
 
 
 def kept(run: RunRecord) -> list[Group]:

@@ -59,15 +59,21 @@ def change(before: Sequence[Record], after: Sequence[Record]) -> Change | None:
 
 
 def cards(run: RunRecord, evaluator: str, names: Sequence[str], *, at_most: int) -> list[Card]:
-    """The pairs called ``names``, a few of every pattern, their images opened from the recorded data reference."""
+    """The pairs called ``names`` of a run, before and after it."""
+    rows = run.samples("before", evaluator), run.samples("after", evaluator)
+    return cards_of(run.data_of(evaluator), rows, names, at_most=at_most)
+
+
+def cards_of(
+    reference: str | None, rows: tuple[Sequence[Record], Sequence[Record]], names: Sequence[str], *, at_most: int
+) -> list[Card]:
+    """Pairs, a few of every pattern, their images opened from the data reference; ``rows`` are both sides' records."""
     from clipgraft.data import open_source
 
-    reference = run.data_of(evaluator)
     if not names or reference is None:
         return []
     source: PairSource = open_source(reference)  # type: ignore[assignment]
-    before = {str(r["id"]): r for r in run.samples("before", evaluator)}
-    after = {str(r["id"]): r for r in run.samples("after", evaluator)}
+    before, after = ({str(r["id"]): r for r in side} for side in rows)
     chosen = _mixed([(name, str(before[name].get("pattern", ""))) for name in names])[:at_most]
     return [_card(pair, before[pair.id], after[pair.id]) for pair in _find(source, chosen, list(before))]
 
