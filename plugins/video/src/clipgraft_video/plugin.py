@@ -72,6 +72,7 @@ def clipgraft_grafts() -> list[Component]:
         ("x-clip", "xclip.graft:XClipGraft", "Frames exchange messages in every block; prompts by videos", XCLIP),
         ("ez-clip", "ezclip.graft:EzClipGraft", "Temporal prompts and adapters in frozen towers", EZCLIP),
         ("neighbours", "froster.view:FrosterView", "Frames attend to their neighbours, without parameters", FROSTER),
+        ("vifi-prompts", "vifi.prompts:VifiPromptsGraft", "Learnt tokens in both towers, in several blocks", VIFI),
         ("m2-clip", "m2clip.graft:M2ClipGraft", "Adapters over frames and their differences; a classifier", M2CLIP),
         ("tempme", "tempme.graft:TempMeGraft", "Tokens merge within and between frames; low-rank updates", TEMPME),
         ("dist", "distnet.graft:DistGraft", "Networks for time and space beside a frozen tower", DIST),
@@ -89,6 +90,14 @@ def clipgraft_recipes() -> list[Component]:
     """Recipes."""
     rows = (
         ("vifi-clip", "vifi.recipe", "ViFiClip", "VifiConfig", "Fine-tune; a video is the mean of its frames", VIFI),
+        (
+            "vifi-clip-prompts",
+            "vifi.prompts_recipe",
+            "ViFiClipPrompts",
+            "VifiPromptsConfig",
+            "Bridge and prompt: learnt tokens in a fine-tuned, frozen CLIP",
+            VIFI,
+        ),
         ("x-clip", "xclip.recipe", "XClip", "XClipConfig", "Messages between frames, prompts by videos", XCLIP),
         ("ez-clip", "ezclip.recipe", "EzClip", "EzClipConfig", "Temporal prompts, adapters, a motion loss", EZCLIP),
         ("froster", "froster.recipe", "Froster", "FrosterConfig", "Fine-tune beside the frozen CLIP", FROSTER),

@@ -90,7 +90,7 @@ class M2Clip:
         head: M2Head = getattr(encoder.image, HEAD)
         terms: dict[str, tuple[float, nn.Module]] = {}
         if w.classes:
-            terms["classes"] = w.classes, ByTexts(encoder.logit_scale, twice=c.compat == "official")
+            terms["classes"] = w.classes, ByTexts(encoder, twice=c.compat == "official")
         if w.classifier:
             terms["classifier"] = w.classifier, ByHead(head)
         if w.words:

@@ -21,14 +21,14 @@ from clipgraft_video.stage import Seen
 class ByTexts(nn.Module):
     """Cross entropy over the texts of all K classes. ``twice``: over their softmax, as the official code does."""
 
-    def __init__(self, scale: nn.Parameter, *, twice: bool = False) -> None:
+    def __init__(self, encoder: Encoder, *, twice: bool = False) -> None:
         super().__init__()
-        self._scale, self.twice = (scale,), twice
+        self._encoder, self.twice = (encoder,), twice
 
     def forward(self, seen: Seen) -> dict[str, Tensor]:
         """Scalar loss."""
         assert seen.texts is not None and seen.batch.labels is not None
-        logits = self._scale[0].exp() * seen.video.unit().float() @ seen.texts.float().T
+        logits = self._encoder[0].logit_scale.exp() * seen.video.unit().float() @ seen.texts.float().T
         return {"loss": F.cross_entropy(logits.softmax(-1) if self.twice else logits, seen.batch.labels)}
 
 
