@@ -122,3 +122,8 @@ def mean_over_ranks(values: Mapping[str, Tensor]) -> dict[str, float]:
         dist.all_reduce(stacked)
         stacked /= world_size()
     return dict(zip(values, stacked.tolist(), strict=True))
+
+
+def whole_tensor(x: Tensor) -> Tensor:
+    """A tensor that is sharded over ranks, whole on each of them; all ranks take part. Any other as it is."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x  # type: ignore[no-any-return]
