@@ -23,6 +23,9 @@ M2CLIP = (
 PROMPT_SWITCH = (
     "Deng et al., Prompt Switch: Efficient CLIP Adaptation for Text-Video Retrieval, ICCV 2023, arXiv 2308.07648"
 )
+ILA = (
+    "Tu et al., Implicit Temporal Modeling with Learnable Alignment for Video Recognition, ICCV 2023, arXiv 2304.10465"
+)
 TEMPME = (
     "Shen et al., TempMe: Video Temporal Token Merging for Efficient Text-Video Retrieval, ICLR 2025, arXiv 2409.01156"
 )
@@ -72,6 +75,7 @@ def clipgraft_grafts() -> list[Component]:
         ("x-clip", "xclip.graft:XClipGraft", "Frames exchange messages in every block; prompts by videos", XCLIP),
         ("ez-clip", "ezclip.graft:EzClipGraft", "Temporal prompts and adapters in frozen towers", EZCLIP),
         ("neighbours", "froster.view:FrosterView", "Frames attend to their neighbours, without parameters", FROSTER),
+        ("ila", "ila.graft:IlaGraft", "Neighbouring frames are aligned before every block; prompts by videos", ILA),
         ("vifi-prompts", "vifi.prompts:VifiPromptsGraft", "Learnt tokens in both towers, in several blocks", VIFI),
         ("m2-clip", "m2clip.graft:M2ClipGraft", "Adapters over frames and their differences; a classifier", M2CLIP),
         ("tempme", "tempme.graft:TempMeGraft", "Tokens merge within and between frames; low-rank updates", TEMPME),
@@ -101,6 +105,7 @@ def clipgraft_recipes() -> list[Component]:
         ("x-clip", "xclip.recipe", "XClip", "XClipConfig", "Messages between frames, prompts by videos", XCLIP),
         ("ez-clip", "ezclip.recipe", "EzClip", "EzClipConfig", "Temporal prompts, adapters, a motion loss", EZCLIP),
         ("froster", "froster.recipe", "Froster", "FrosterConfig", "Fine-tune beside the frozen CLIP", FROSTER),
+        ("ila", "ila.recipe", "Ila", "IlaConfig", "Learnt alignment of neighbouring frames", ILA),
         ("m2-clip", "m2clip.recipe", "M2Clip", "M2ClipConfig", "Adapters for four tasks; frozen towers", M2CLIP),
         ("tempme", "tempme.recipe", "TempMe", "TempMeConfig", "Retrieval with tokens merged over frames", TEMPME),
         ("dist", "distnet.recipe", "Dist", "DistConfig", "Networks for time and space beside two frozen towers", DIST),
@@ -141,6 +146,24 @@ def clipgraft_evaluators() -> list[Component]:
             ("text-retrieval", "evaluator:VideoRetrieval", "Captions by videos and videos by captions"),
         )
         for target in [f"{_PACKAGE}.{where}"]
+    ]
+
+
+@hookimpl
+def clipgraft_reports() -> list[Component]:
+    """Sections of a run's page."""
+    return [
+        Component(
+            name="film-strips",
+            target=f"{_PACKAGE}.film_strips:film_strips",
+            summary="Videos frame by frame, with what the trained model says as they go on",
+        ),
+        Component(
+            name="message-attention",
+            target=f"{_PACKAGE}.xclip.attention:message_attention",
+            summary="Which frame hears which in X-CLIP's blocks",
+            paper=XCLIP,
+        ),
     ]
 
 

@@ -101,10 +101,12 @@ def _lengths(run: Run, prompts: list[list[str]], encoder: Encoder) -> None:
         run.log.info(f"{full} of {len(flat)} class texts fill the context of {ids.shape[1]} tokens and may be cut")
 
 
-def stage_of(run: Run, config: VideoRunConfig, model: VideoModel, **more: Any) -> VideoStage:
-    """The stage that the shared settings describe; ``more`` is the method's own part."""
+def stage_of(
+    run: Run, config: VideoRunConfig, model: VideoModel, *, kind: type[VideoStage] = VideoStage, **more: Any
+) -> VideoStage:
+    """The stage that the shared settings describe; ``more`` is the method's own part, ``kind`` its own stage."""
     source, mixing = run.train_source(), config.mixing
-    return VideoStage(
+    return kind(
         "videos",
         train=config.train,
         source=source,
