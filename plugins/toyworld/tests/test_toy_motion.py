@@ -67,3 +67,15 @@ def test_classes_may_be_objects_with_motions() -> None:
         sample = source[k]
         assert sample.label is not None and sample.captions[0].endswith(source.classes[sample.label])
     assert source.fingerprint != Videos(split="tune", n=20).fingerprint
+
+
+def test_shuffled_videos_hold_the_same_frames_in_an_order_of_their_own() -> None:
+    forward, mixed = Videos(split="tune", n=40), Videos(split="tune", n=40, order="shuffled")
+    orders = set()
+    for k in range(40):
+        one, other = forward[k].extra["frames"], mixed[k].extra["frames"]
+        where = [next(t for t in range(8) if torch.equal(one[t], frame)) for frame in other]
+        assert sorted(where) == list(range(8)) and torch.equal(mixed[k].image, other[0])
+        orders.add(tuple(where))
+    assert len(orders) > 35 and mixed.fingerprint != forward.fingerprint
+    assert torch.equal(mixed[3].extra["frames"], Videos(split="tune", n=4, order="shuffled")[3].extra["frames"])

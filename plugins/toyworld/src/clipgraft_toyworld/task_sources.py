@@ -41,6 +41,9 @@ class VideosConfig(WorldConfig):
     label: Literal["motion", "object-motion"] = Field(
         "motion", description="the ten motions, or a shape with a motion, such as moon moving left"
     )
+    order: Literal["forward", "shuffled"] = Field(
+        "forward", description="shuffled: every video's frames in an order of its own, so that no class tells it"
+    )
 
 
 class Defects:
@@ -96,7 +99,8 @@ class Defects:
 class Videos:
     """`toyworld/videos`: ten motions; `extra["frames"]` (T, 3, S, S) uint8, `image` is the first frame.
 
-    With the label object-motion classes are the `shapes` times the motions, in this order.
+    With the label object-motion classes are the `shapes` times the motions, in this order. A video's shuffled order
+    depends on its number and the seed alone.
     """
 
     def __init__(
@@ -109,6 +113,7 @@ class Videos:
         frames: int = 8,
         shapes: Sequence[str] = SHAPES,
         label: Literal["motion", "object-motion"] = "motion",
+        order: Literal["forward", "shuffled"] = "forward",
     ) -> None:
         for shape in shapes:
             if shape not in SHAPES:
@@ -116,11 +121,16 @@ class Videos:
         self.name = "toyworld/videos"
         chosen = {} if tuple(shapes) == SHAPES else {"shapes": tuple(shapes)}
         chosen |= {} if label == "motion" else {"label": label}
+        chosen |= {} if order == "forward" else {"order": order}
         self.fingerprint = fingerprint(self.name, split=split, n=n, size=size, seed=seed, frames=frames, **chosen)
         self.attributes: Mapping[str, Sequence[str]] = {"shape": SHAPES, "color": COLORS}
         self._data = videos(
             split, n=n, size=size, seed=seed, frames=frames, shapes=[SHAPES.index(shape) for shape in shapes]
         )
+        self._order = None
+        if order == "shuffled":
+            drawn = [torch.Generator().manual_seed(seed * 2**20 + int(number)) for number in self._data.number]
+            self._order = torch.stack([torch.randperm(frames, generator=rng) for rng in drawn])
         if label == "motion":
             self.classes: Sequence[str] = MOTIONS
             self.templates: Sequence[str] = ("a video of an object {}", "object {}", "video of a object {}")
@@ -138,13 +148,15 @@ class Videos:
     def __getitem__(self, index: int) -> Sample:
         motion = MOTIONS[int(self._data.label[index])]
         shape, color = int(self._data.scene.shape[index]), int(self._data.scene.color[index])
+        frames = self._data.frames[index]
+        frames = frames if self._order is None else frames[self._order[index]]
         return Sample(
             id=f"{self._prefix}{int(self._data.number[index])}",
-            image=self._data.frames[index, 0],
+            image=frames[0],
             captions=(f"a video of a {COLORS[color]} {SHAPES[shape]} {motion}",),
             label=self._labels[index],
             attributes={"shape": shape, "color": color},
-            extra={"frames": self._data.frames[index]},
+            extra={"frames": frames},
         )
 
 
