@@ -144,6 +144,8 @@ def clipgraft_evaluators() -> list[Component]:
             ),
             ("classifier", "m2clip.evaluator:TrainedClassifier", "Videos by a model's own classifier (M2-CLIP)"),
             ("text-retrieval", "evaluator:VideoRetrieval", "Captions by videos and videos by captions"),
+            ("order", "order:Order", "Opposite classes, and the same videos backwards and with shuffled frames"),
+            ("cost", "cost:Cost", "Operations and seconds per video, beside another model"),
         )
         for target in [f"{_PACKAGE}.{where}"]
     ]
