@@ -150,6 +150,33 @@ def test_wise_ft_chooses_on_held_out_data_and_reports_the_path(place, tmp_path):
     assert all(torch.allclose(weights(done.export)[k], (base[k] + tuned[k]) / 2, atol=1e-6) for k in base)
 
 
+def test_wise_ft_of_a_model_that_is_tuned_already_only_interpolates(place, tmp_path):
+    first = run("merging/wise-ft", tmp_path / "first", settings(place, alpha=0.3))
+    tuned = tmp_path / "first" / "stages" / "00-fine-tune" / "result" / "encoder"
+    again = run("merging/wise-ft", tmp_path / "again", settings(place, alpha=0.3, tuned=str(tuned)))
+    one, other = weights(first.export), weights(again.export)
+    assert again.steps == 0 and one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    write_export(tiny_clip(width=16), tmp_path / "narrow")
+    with pytest.raises(InputError, match=r"^tuned: "):
+        run("merging/wise-ft", tmp_path / "bad", settings(place, alpha=0.3, tuned=str(tmp_path / "narrow")))
+
+
+def test_branches_of_a_pipeline_are_merged_and_remembered(place, tmp_path):
+    train = {"train.steps": 3, "train.batch_size": 4, "train.lr": 1e-3, "train.warmup": 0}
+    learn = {"recipe": "merging/wise-ft", "set": {**train, "alpha": 1.0}}
+    other = {**learn, "name": "other", "set": {**learn["set"], "model.from": "@start", "train.lr": 2e-3}}
+    models = ["@wise-ft", "@other"]
+    soup = {"recipe": "merging/soup", "set": {"model.from": "@start", "ingredients": models, "soup": "uniform"}}
+    values = {k: v for k, v in settings(place).items() if k != "train"} | {"steps": [learn, other, soup]}
+    done = run("pipeline", tmp_path / "run", values)
+    parts = [weights(tmp_path / "run" / "steps" / name / "export") for name in ("00-wise-ft", "01-other")]
+    made = weights(done.export)
+    assert all(torch.allclose(made[k], (parts[0][k] + parts[1][k]) / 2, atol=1e-6) for k in made)
+    merged, last = open_export(done.export).data.origin.lineage
+    assert [m["lineage"][-1]["merge"] for m in merged["models"]] == ["merging/wise-ft"] * 2
+    assert last["recipe"] == "merging/soup"
+
+
 def tasks(place):
     return [{"name": n, "data": f"folder:{place / n}", "measure": f"folder:{place / n}"} for n in ("one", "two")]
 

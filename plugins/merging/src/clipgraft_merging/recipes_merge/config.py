@@ -75,6 +75,9 @@ class SoupRunConfig(RunConfig):
 class WiseFtRunConfig(RunConfig):
     """``merging/wise-ft``."""
 
+    tuned: str | None = Field(
+        None, description="a fine-tuned version of the model, by reference; null fine-tunes one first"
+    )
     alpha: Alpha | None = Field(None, description="0 base, 1 fine-tuned; null takes the best of alphas by judge")
     alphas: tuple[Alpha, ...] = Field(
         (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),

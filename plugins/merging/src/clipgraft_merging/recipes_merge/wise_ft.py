@@ -24,20 +24,31 @@ class WiseFtRecipe:
         self.config = config
 
     def plan(self) -> list[StagePlan]:
-        """Two stages."""
+        """Two stages; the second alone for a model that is tuned already."""
         c = self.config
+        line = StagePlan(LINE, lambda run: JobStage(LINE, self._interpolate))
+        if c.tuned is not None:
+            return [line]
         return [
             StagePlan(
                 TUNE, lambda run: fine_tune(run, TUNE, tuning=c.tuning, train=c.train, source=run.train_source())
             ),
-            StagePlan(LINE, lambda run: JobStage(LINE, self._interpolate)),
+            line,
         ]
 
     def check(self, run: Run) -> list[str]:
-        """Data that open."""
+        """Data that open, and a tuned model that is one of the base."""
         problems = []
         c = self.config
-        for reference in dict.fromkeys((c.data.from_, c.judge.data, c.shifted, c.same)):
+        if c.tuned is not None:
+            from clipgraft_merging.weights.engine import open_inputs
+
+            try:
+                open_inputs([c.tuned], base=c.model.from_, registry=run.registry)
+            except InputError as error:
+                problems.append(f"tuned: {error}")
+        trained_on = c.data.from_ if c.tuned is None else None
+        for reference in dict.fromkeys((trained_on, c.judge.data, c.shifted, c.same)):
             try:
                 if reference is not None:
                     run.open_source(reference)
@@ -52,7 +63,7 @@ class WiseFtRecipe:
         from clipgraft_merging.wise_ft.interpolation import WiseFt
 
         c, folder = self.config, run.stage_folder(LINE)
-        tuned = str(run.stage_folder(TUNE) / "result" / "encoder")
+        tuned = c.tuned or str(run.stage_folder(TUNE) / "result" / "encoder")
         inputs = open_inputs([tuned], base=c.model.from_, registry=run.registry)
         data = {"held out": c.judge.data, "same": c.same, "shifted": c.shifted}
         named = {name: reference for name, reference in data.items() if reference is not None}

@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 
 
 def lineage(inputs: Inputs, merger: Merger) -> dict[str, Any]:
-    """Method, settings, and every input with its hash, in order."""
-    models = [{"uri": c.ref, "sha256": c.sha256} for c in inputs.models]
+    """Method, settings, and every input in order, with its hash and how it came to be itself where that is known."""
+    models = [
+        {"uri": c.ref, "sha256": c.sha256} | ({"lineage": list(c.facts.lineage)} if c.facts and c.facts.lineage else {})
+        for c in inputs.models
+    ]
     base = {} if inputs.base is None else {"base": inputs.base.ref, "base_sha256": inputs.base.sha256}
     return {"merge": merger.name, "settings": merger.settings(), **base, "models": models}
 
