@@ -1,7 +1,8 @@
-"""Frames of a video file by their number in decoding order, with PyAV; and what can be known of a file before that.
+"""Frames of a video by their number in decoding order; and what can be known of a file before that.
 
 Frames are counted as the decoder gives them. Seeking and time stamps are not used: in files with B-frames, as many AVI
-of UCF101 and HMDB51 are, both return neighbours of the frame that was asked for.
+of UCF101 and HMDB51 are, both return neighbours of the frame that was asked for. PyAV decodes; torchcodec may where it
+is exact (``torchcodec_frames.py``). A source is a path, or a stream that can be searched.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from clipgraft_video.torchcodec_frames import frames_by_torchcodec
 
 SUFFIXES = frozenset((".mp4", ".avi", ".webm", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".3gp", ".gif"))
 """Endings of files that are taken for videos when a folder is listed."""
@@ -46,12 +49,12 @@ class Frames:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+def _opened(source: Path | BinaryIO) -> Iterator[tuple[Any, Any]]:
     """The container and its first video stream, decoded on the caller's thread."""
     import av
 
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(source) if isinstance(source, Path) else source) as container:
             if not container.streams.video:
                 raise BadVideo("it has no video stream")
             stream = container.streams.video[0]
@@ -64,25 +67,33 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
         raise BadVideo(f"it can't be decoded ({' '.join(str(error.strerror or error).split())[:120]})") from None
 
 
-def probe(path: Path) -> VideoInfo:
+def probe(source: Path | BinaryIO) -> VideoInfo:
     """Number of frames by counting packets (container fields are often absent or wrong), rate and size. No decoding."""
-    with _opened(path) as (container, stream):
+    with _opened(source) as (container, stream):
         context = stream.codec_context
         count = sum(1 for packet in container.demux(stream) if packet.size)
         rate = float(stream.average_rate) if stream.average_rate else 0.0
         return VideoInfo(count, rate, context.height, context.width)
 
 
-def read_frames(path: Path, wanted: Sequence[int]) -> Frames:
+def read_frames(
+    source: Path | BinaryIO, wanted: Sequence[int], *, decoder: Literal["pyav", "torchcodec"] = "pyav"
+) -> Frames:
     """The frames numbered ``wanted`` (from 0, any order, repeats allowed), as RGB, turned as a player would.
 
-    A damaged tail is filled with the last good frame and counted. ``BadVideo`` when no frame can be decoded.
+    A damaged tail is filled with the last good frame and counted. ``BadVideo`` when no frame can be decoded. What
+    torchcodec can't give, PyAV reads.
     """
     at, kept, last, count = set(wanted), dict[int, np.ndarray](), None, 0
     if not at:
         raise ValueError("no frame was asked for")
+    if decoder == "torchcodec":
+        if (found := frames_by_torchcodec(source, wanted)) is not None:
+            return Frames(found)
+        if not isinstance(source, Path):
+            source.seek(0)
     try:
-        with _opened(path) as (container, stream):
+        with _opened(source) as (container, stream):
             for frame in container.decode(stream):
                 last = frame
                 if count in at:

@@ -14,6 +14,7 @@ from typing import Literal
 from pydantic import Field
 
 from clipgraft.errors import InputError
+from clipgraft_video.archive import exists, is_archive
 from clipgraft_video.sources import ClipConfig, VideoFile, Videos
 
 LISTS = {"train-9k": "MSRVTT_train.9k.csv", "train-7k": "MSRVTT_train.7k.csv", "test-1k": "MSRVTT_JSFUSION_test.csv"}
@@ -23,7 +24,9 @@ class MsrvttConfig(ClipConfig):
     """MSR-VTT."""
 
     path: str = Field(..., description="folder of the annotation files")
-    videos: str | None = Field(None, description="folder of the videos; by default videos/ or all/ in path, or path")
+    videos: str | None = Field(
+        None, description="folder or uncompressed tar of the videos; by default videos/ or all/ in path, or path"
+    )
     split: Literal["train-9k", "train-7k", "test-1k"] = Field(
         "test-1k", description="9,000 or 7,010 videos to train on, or JSFUSION's 1,000 with one caption each"
     )
@@ -59,14 +62,14 @@ def msrvtt(
         raise InputError(f"{name}: {bare} has no caption; the list and the captions don't belong together")
     candidates = [folder / "videos", folder / "all", folder]
     base = Path(videos).expanduser().resolve() if videos else next(p for p in candidates if p.is_dir())
-    if not base.is_dir():
-        raise InputError(f"{name}: videos {videos} is no folder")
+    if not base.is_dir() and not is_archive(base):
+        raise InputError(f"{name}: videos {videos} is no folder and no tar")
     files = [VideoFile(i, _file(base, i), None, tuple(captions[i])) for i in ids]
     return Videos(f"{name}?split={split}", files, root=base, classes=(), clip=ClipConfig.model_validate(clip))
 
 
 def _file(base: Path, video: str) -> Path:
-    return next((p for s in (".mp4", ".avi", ".webm") if (p := base / f"{video}{s}").exists()), base / f"{video}.mp4")
+    return next((p for s in (".mp4", ".avi", ".webm") if exists(p := base / f"{video}{s}")), base / f"{video}.mp4")
 
 
 def _rows(file: Path, where: str) -> list[dict[str, str]]:

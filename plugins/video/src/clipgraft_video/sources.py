@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Generator, Tensor
 
 from clipgraft.config.schema import Config
 from clipgraft.data.base import BadSample, Entry, Sample
 from clipgraft.data.images import LEAVES, MAX_PIXELS
 from clipgraft.errors import InputError
+from clipgraft_video.archive import content, exists, is_archive, is_folder, stamp, walk
 from clipgraft_video.class_lists import ClassList, read_classes
 from clipgraft_video.decoding import SUFFIXES, BadVideo, VideoInfo
 from clipgraft_video.flips import may_flip
@@ -23,6 +23,7 @@ from clipgraft_video.frame_rules import Rule, indices
 from clipgraft_video.media import PICTURES, frames_of, info_of
 from clipgraft_video.pixels import Augment, test_clip, training_clip
 from clipgraft_video.protocols import few_shot, halves, within
+from clipgraft_video.torchcodec_frames import Decoder, chosen
 from clipgraft_video.video_lists import Listing, read_list
 
 
@@ -41,13 +42,25 @@ class ClipConfig(Config):
     jitter_per_frame: bool = Field(False, description="other colours in every frame, as in ViFi-CLIP's code")
     max_damaged: float = Field(0.5, ge=0, le=1, description="largest share of frames that a damaged tail may lack")
     max_pixels: int = Field(MAX_PIXELS, gt=0, description="largest frame that is decoded [pixels]")
+    decoder: Decoder = Field(
+        "auto", description="auto: torchcodec where it is installed and exact on test clips, else PyAV; or force one"
+    )
+
+    @field_validator("decoder", mode="before")
+    @classmethod
+    def _no_decord(cls, value: object) -> object:
+        if value == "decord":
+            raise ValueError("decord gives other frames than were asked for in files with B-frames; write decoder=pyav")
+        return value
 
 
 class VideosConfig(ClipConfig):
-    """A folder with a sub-folder per class, a flat folder, or a list file of any of the known forms."""
+    """A folder with a sub-folder per class, a flat folder, the same inside a tar, or a list of any known form."""
 
-    path: str = Field(..., description="folder or list")
-    root: str | None = Field(None, description="folder that a list's paths start from; the list's own by default")
+    path: str = Field(..., description="folder, uncompressed tar, or list")
+    root: str | None = Field(
+        None, description="folder or uncompressed tar that a list's paths start from; the list's folder by default"
+    )
     classes: str | None = Field(None, description="file of class names")
     shots: int | None = Field(None, gt=0, description="only so many videos of every class, drawn by shots_seed")
     shots_seed: int = Field(0, ge=0, description="of the draw")
@@ -82,11 +95,11 @@ class Videos:
         self.augment = Augment(flip=0.5 if flips else 0.0, jitter_per_frame=clip.jitter_per_frame)
         digest = hashlib.sha256(repr((self.classes, clip.model_dump())).encode())
         for file in self.files:
-            stamp = file.path.stat() if file.path.exists() else None
-            told = (file.id, file.label, file.captions, stamp and (stamp.st_size, stamp.st_mtime_ns))
+            told = (file.id, file.label, file.captions, stamp(file.path))
             digest.update(repr(told).encode("utf-8", "backslashreplace"))
         self.fingerprint = digest.hexdigest()
         self._known: dict[int, VideoInfo] = {}
+        self._decoder = chosen(clip.decoder)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -99,9 +112,9 @@ class Videos:
     def content(self, index: int) -> bytes:
         """The file as it is."""
         path = self._inside(self.files[index])
-        if path.is_dir():
+        if is_folder(path):
             raise LookupError(f"{path.name} is a folder of pictures")
-        return path.read_bytes()
+        return content(path)
 
     def __getitem__(self, index: int) -> Sample:
         return self._sample(self.files[index], self.view(index))
@@ -135,13 +148,13 @@ class Videos:
         path = file.path.resolve()
         if not path.is_relative_to(self.root):
             raise BadSample(file.id, LEAVES)
-        if not path.exists():
+        if not exists(path):
             raise BadSample(file.id, "missing file")
         return path
 
     def _read(self, file: VideoFile, path: Path, at: Sequence[int]) -> Tensor:
         try:
-            found = frames_of(path, at, max_pixels=self.clip.max_pixels)
+            found = frames_of(path, at, max_pixels=self.clip.max_pixels, decoder=self._decoder)
         except BadVideo as error:
             raise BadSample(file.id, str(error)) from None
         if found.repeated > self.clip.max_damaged * len(at):
@@ -166,40 +179,39 @@ def videos(
     """``video:PATH``: class names come from ``classes``, else from the folders, else from the labels."""
     name, place = f"video:{path}", Path(path).expanduser().resolve()
     named = None if classes is None else read_classes(classes)
-    if place.is_dir():
+    if place.is_dir() or is_archive(place):
         base, rows = place, _walk(place, name)
     elif place.is_file():
         base = place.parent if root is None else Path(root).expanduser().resolve()
         rows = read_list(place, where=name)
     else:
         raise InputError(f"{name}: there is no such folder or list")
-    if not base.is_dir():
-        raise InputError(f"{name}: root {root} is no folder; give the one that the paths start from")
+    if not base.is_dir() and not is_archive(base):
+        raise InputError(f"{name}: root {root} is no folder and no tar; give the one that the paths start from")
     files, names = _labelled(rows, named, base=base, where=name)
     files, names = _part(files, names, shots=shots, seed=shots_seed, half=half, where=name)
     return Videos(name, files, root=base, classes=names, clip=ClipConfig.model_validate(clip))
 
 
 def unlabelled(path: str | Path, *, clip: ClipConfig) -> Videos:
-    """Every video below a folder, or one file, whatever the folders mean."""
+    """Every video below a folder or inside a tar, or one file, whatever the folders mean."""
     place = Path(path).expanduser().resolve()
-    if place.is_file():
+    if place.is_file() and not is_archive(place):
         return Videos(str(path), [VideoFile(place.name, place, None, ())], root=place.parent, classes=(), clip=clip)
-    if not place.is_dir():
+    if not place.is_dir() and not is_archive(place):
         raise InputError(f"{path}: there is no such file or folder")
     files = [VideoFile(name, place / name, None, ()) for name in _found(place, str(path))]
     return Videos(str(path), files, root=place, classes=(), clip=clip)
 
 
 def _found(folder: Path, where: str) -> list[str]:
-    """Video files below a folder, and folders that hold pictures alone, as paths from it."""
+    """Video files below a folder or inside a tar, and folders that hold pictures alone, as paths from it."""
     found = []
-    for here, folders, files in os.walk(folder):
-        folders[:] = sorted(f for f in folders if not f.startswith((".", "__")) and not Path(here, f).is_symlink())
-        kinds = {Path(file).suffix.lower() for file in files if not file.startswith(".")}
-        at = Path(here).relative_to(folder).as_posix()
-        found += [f"{at}/{file}".removeprefix("./") for file in sorted(files) if Path(file).suffix.lower() in SUFFIXES]
-        if at != "." and not folders and kinds & PICTURES and not kinds & SUFFIXES:
+    for at, parent, files in walk(folder):
+        files = [file for file in files if not file.startswith(".")]  # ._a.mp4 in archives of a Mac is no video
+        kinds = {Path(file).suffix.lower() for file in files}
+        found += [f"{at}/{file}".removeprefix("./") for file in files if Path(file).suffix.lower() in SUFFIXES]
+        if at != "." and not parent and kinds & PICTURES and not kinds & SUFFIXES:
             found.append(at)
     if not found:
         raise InputError(f"{where}: no video found; their names end in {', '.join(sorted(SUFFIXES))}")
@@ -209,7 +221,7 @@ def _found(folder: Path, where: str) -> list[str]:
 def _walk(folder: Path, where: str) -> list[Listing]:
     """The videos of a folder; a class is the first folder."""
     found = _found(folder, where)
-    flat = [path for path in found if "/" not in path and (folder / path).is_file()]
+    flat = [path for path in found if "/" not in path and not is_folder(folder / path)]
     if flat and len(flat) < len(found):
         raise InputError(f"{where}: {flat[0]} lies beside class folders; move it into one of them")
     return [Listing(path, None if flat else path.partition("/")[0]) for path in found]
@@ -251,9 +263,9 @@ def _folder(row: Listing) -> str | None:
 
 def _existing(path: Path) -> Path:
     """The file; with an ending that a list left out, where one exists."""
-    if path.exists() or path.suffix.lower() in SUFFIXES:
+    if exists(path) or path.suffix.lower() in SUFFIXES:
         return path
-    return next((p for s in (".mp4", ".webm", ".avi", ".mkv") if (p := path.with_name(path.name + s)).exists()), path)
+    return next((p for s in (".mp4", ".webm", ".avi", ".mkv") if exists(p := path.with_name(path.name + s))), path)
 
 
 def _part(
