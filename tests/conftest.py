@@ -51,7 +51,7 @@ class Browser:
         self.profile = tempfile.TemporaryDirectory(prefix="clipgraft-chromium-", ignore_cleanup_errors=True)
         to_browser, self._out = os.pipe()
         self._in, from_browser = os.pipe()
-        command = 'exec "$0" "$@" 3<&{} 4>&{}'.format(to_browser, from_browser)
+        command = f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}'
         self.process = subprocess.Popen(
             ["bash", "-c", command, program, *FLAGS, f"--user-data-dir={self.profile.name}", "about:blank"],
             pass_fds=(to_browser, from_browser),

@@ -8,9 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from clipgraft.errors import ClipgraftError
+
+if TYPE_CHECKING:
+    from clipgraft.data.base import Picture as Pixels
+
+SMALL, SIDE = 96, 224
+"""Up to which longest side a picture stays as it is, and what others are reduced to [pixels]."""
 
 Tone = Literal["", "right", "wrong"]
 
@@ -66,7 +72,8 @@ class Table:
     """A table: the first cell of every row is its head. ``header`` names all columns, the first one too.
 
     ``shaded``: cells that are numbers are a heat map, from nothing at zero to full at the largest one; a screen reader
-    reads the numbers. ``folded``: behind its caption until it is asked for.
+    reads the numbers. ``folded``: behind its caption until it is asked for. ``places``: digits behind the point of
+    floats; whole numbers and words stay as they are.
     """
 
     caption: str
@@ -74,6 +81,7 @@ class Table:
     rows: tuple[tuple[str | float, ...], ...]
     shaded: bool = False
     folded: bool = False
+    places: int = 3
 
     def __post_init__(self) -> None:
         """Refuse rows that aren't as long as the header."""
@@ -93,3 +101,23 @@ class Section:
 
 Report = Callable[..., Sequence[Section]]
 """``(run: clipgraft.rundir.RunRecord, *, registry: Registry)``; empty for a run that it has nothing to say about."""
+
+
+def encoded(pixels: Pixels, *, side: int = SIDE) -> bytes:
+    """A source's picture (PIL, or uint8 (3, H, W')) for a page: PNG when it is small, else JPEG of ``side`` pixels."""
+    import io
+
+    from PIL import Image
+    from torch import Tensor
+
+    from clipgraft.data.images import as_rgb
+
+    is_tensor = isinstance(pixels, Tensor)
+    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()) if is_tensor else as_rgb(pixels)
+    buffer = io.BytesIO()
+    if max(image.size) <= SMALL:
+        image.save(buffer, "PNG", optimize=True)
+    else:
+        image.thumbnail((side, side))
+        image.save(buffer, "JPEG", quality=86)
+    return buffer.getvalue()

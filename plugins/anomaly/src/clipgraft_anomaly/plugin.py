@@ -131,6 +131,18 @@ def clipgraft_evaluators() -> list[Component]:
 
 
 @hookimpl
+def clipgraft_reports() -> list[Component]:
+    """Sections of a run's page."""
+    return [
+        Component(
+            name="heat-maps",
+            target=f"{_PACKAGE}.report_heat_maps:heat_maps",
+            summary="Where a run's detector is most wrong and most right, with heat maps",
+        )
+    ]
+
+
+@hookimpl
 def clipgraft_exporters() -> list[Component]:
     """Formats of `clipgraft export`."""
     return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from clipgraft.errors import PluginError
@@ -20,11 +21,12 @@ def contributed(
 ) -> list[Section]:
     """What every report of the registry says of ``run``; why one could not goes into ``missing``."""
     found, offered = list[Section](), registry.list("report")
-    for registered in offered:
-        if log is not None:
-            log.info(f"{registered.name}: {registered.component.summary}")
-        title = registered.component.summary or registered.name
-        found += told(lambda r=registered: _asked(r, run, registry), title, missing) or []  # type: ignore[misc]
+    with log.progress("sections of plugins", len(offered)) if log else nullcontext() as bar:
+        for registered in offered:
+            title = registered.component.summary or registered.name
+            found += told(lambda r=registered: _asked(r, run, registry), title, missing) or []  # type: ignore[misc]
+            if bar is not None:
+                bar.advance(note=registered.name)
     return found
 
 

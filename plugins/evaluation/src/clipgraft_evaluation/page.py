@@ -24,7 +24,7 @@ def write_page(template: str, path: Path, **content: Any) -> Path:
     environment = Environment(loader=PackageLoader("clipgraft_evaluation", "page"), autoescape=True,
                               undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
     environment.filters |= {"number": number, "signed": signed, "size": size, "span": span, "cell": cell}
-    environment.filters |= {"picture": picture_uri, "shades": shades}
+    environment.filters |= {"picture": picture_uri, "shades": shades, "wordy": wordy}
     style = resources.files("clipgraft_evaluation").joinpath("page/report.css").read_text("utf-8")
     page = environment.get_template(template).render(style=Markup(style), **content)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,9 +66,15 @@ def size(count: int) -> str:
     return f"{count / 1024**power:.{0 if power == 0 else 1}f} {('B', 'kB', 'MB', 'GB')[power]}"
 
 
-def cell(value: str | float) -> str:
+def cell(value: str | float, places: int = 3) -> str:
     """A table's cell: words and whole numbers as they are."""
-    return number(value) if isinstance(value, float) else str(value)
+    return f"{value:.{places}f}" if isinstance(value, float) else str(value)
+
+
+def wordy(table: Table) -> list[bool]:
+    """Per column whether it holds words, which begin at the left; numbers end at the right."""
+    columns = zip(*table.rows, strict=True) if table.rows else [()] * len(table.header)
+    return [any(isinstance(value, str) for value in column) for column in columns]
 
 
 def shades(table: Table) -> float:

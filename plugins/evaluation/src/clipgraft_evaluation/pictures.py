@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,12 +10,10 @@ from PIL import Image
 from torch import Tensor
 
 from clipgraft.data.images import as_rgb
+from clipgraft.reporting import encoded
 
 if TYPE_CHECKING:
     from clipgraft.data.base import Picture
-
-SIDE = 224
-"""Longest side of a picture in the page [pixels]."""
 
 
 def as_image(picture: Picture) -> Image.Image:
@@ -27,16 +24,10 @@ def as_image(picture: Picture) -> Image.Image:
 
 
 def as_uri(image: Image.Image) -> str:
-    """``image`` as a data URI: PNG when it is small, else reduced to ``SIDE`` and JPEG."""
-    buffer = io.BytesIO()
-    if max(image.size) <= 96:
-        image.save(buffer, "PNG", optimize=True)
-        kind = "png"
-    else:
-        image.thumbnail((SIDE, SIDE))
-        image.save(buffer, "JPEG", quality=86)
-        kind = "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    """``image`` as a data URI."""
+    data = encoded(image)
+    kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def tiles_as_uri(tiles: np.ndarray) -> str:

@@ -226,6 +226,24 @@ def clipgraft_recipes() -> list[Component]:
 
 
 @hookimpl
+def clipgraft_reports() -> list[Component]:
+    """Sections of a run's page."""
+    return [
+        Component(
+            name="segmentations",
+            target=f"{_PACKAGE}.segmentation.report_section:segmentations",
+            summary="Pictures labelled by words before and after the run, beside the truth",
+            needs=("transformers>=4.56",),
+        ),
+        Component(
+            name="merge-numbers",
+            target=f"{_PACKAGE}.path.report_section:merge_numbers",
+            summary="The path between two models and accuracy after every merge, as tables",
+        ),
+    ]
+
+
+@hookimpl
 def clipgraft_claims() -> list[Component]:
     """Claims."""
     return [
