@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from clipgraft.errors import InputError
 from clipgraft_toyworld.captions import MOTIONS
 from clipgraft_toyworld.motion import STATIC, phases, videos
 from clipgraft_toyworld.task_sources import Videos
@@ -79,3 +81,25 @@ def test_shuffled_videos_hold_the_same_frames_in_an_order_of_their_own() -> None
         orders.add(tuple(where))
     assert len(orders) > 35 and mixed.fingerprint != forward.fingerprint
     assert torch.equal(mixed[3].extra["frames"], Videos(split="tune", n=4, order="shuffled")[3].extra["frames"])
+
+
+def test_a_choice_of_motions_is_a_choice_of_classes() -> None:
+    source = Videos(split="tune", n=24, motions=("growing", "moving left"))
+    assert source.classes == ("growing", "moving left") and len(source) == 24
+    for k in range(24):
+        assert source[k].captions[0].endswith(source.classes[source[k].label or 0])
+    every = Videos(split="tune", n=256)
+    known = {every[k].id: k for k in range(256)}
+    assert torch.equal(source[5].extra["frames"], every[known[source[5].id]].extra["frames"])
+    with pytest.raises(InputError, match="flying"):
+        Videos(split="tune", n=4, motions=("flying",))
+
+
+def test_in_calm_videos_only_the_named_property_leaves_the_picture() -> None:
+    wild, calm = videos("tune", n=256, size=32), videos("tune", n=256, size=32, calm=True)
+    assert torch.equal(wild.label, calm.label) and not torch.equal(wild.frames, calm.frames)
+    shown = (calm.frames.float().std((2, 3, 4)) > 8).float().mean(1)  # an object of full opacity is seen in every frame
+    assert shown[calm.label < 8].mean() > 0.98
+    spread = calm.frames.float().std(1).mean((1, 2, 3))  # everything that moves does so
+    assert all(spread[calm.label == k].mean() > 3 for k in range(10))
+    assert Videos(n=8).fingerprint != Videos(n=8, calm=True).fingerprint

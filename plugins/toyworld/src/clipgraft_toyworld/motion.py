@@ -2,7 +2,8 @@
 
 Position, size, angle and opacity of the one object are drawn from fixed laws on a circle and *one* of them advances by
 a constant step per frame. So the law of frame t is the same for every t and every class, and a video played backwards
-is a video of the opposite class.
+is a video of the opposite class. In *calm* videos the other four stay what they are in a picture of the scene, so that
+frames tell what kind of motion it is, never in which direction.
 """
 
 from __future__ import annotations
@@ -37,16 +38,26 @@ class Videos:
 
 
 def videos(
-    split: Split, *, n: int, size: int, seed: int = 0, frames: int = FRAMES, shapes: Sequence[int] = ()
+    split: Split,
+    *,
+    n: int,
+    size: int,
+    seed: int = 0,
+    frames: int = FRAMES,
+    shapes: Sequence[int] = (),
+    motions: Sequence[int] = (),
+    calm: bool = False,
 ) -> Videos:
-    """n videos, of the given shapes only; a larger n extends a smaller one, and a choice of shapes changes none."""
+    """n videos, of the given shapes and motions only; a larger n extends a smaller one, and a choice changes none."""
     chunk = BLOCK // 4  # frames of a block are rendered together
     parts, found, start = list[Videos](), 0, 0
     wanted = torch.tensor(list(shapes) or range(len(SHAPES)))
+    moving = torch.tensor(list(motions) or range(len(MOTIONS)))
     while found < n:
         rng = generator(split, stream="videos", seed=seed, block=start // chunk)
-        part = _block(rng, n=chunk, size=size, frames=frames)
-        rows = torch.isin(part.scene.shape, wanted).nonzero()[: n - found, 0]
+        part = _block(rng, n=chunk, size=size, frames=frames, calm=calm)
+        chosen = torch.isin(part.scene.shape, wanted) & torch.isin(part.label, moving)
+        rows = chosen.nonzero()[: n - found, 0]
         parts.append(Videos(part.frames[rows], part.label[rows], part.scene[rows], rows + start))
         found, start = found + len(rows), start + chunk
     return Videos(
@@ -66,7 +77,7 @@ def phases(label: Tensor, start: Tensor, step: Tensor, *, frames: int) -> Tensor
     return (start[:, None] + torch.arange(frames)[None, :, None] * moves[:, None]) % 1.0
 
 
-def _block(rng: torch.Generator, *, n: int, size: int, frames: int) -> Videos:
+def _block(rng: torch.Generator, *, n: int, size: int, frames: int, calm: bool = False) -> Videos:
     scene = sample_scene(n, rng)
     scene = scene.with_values(quantity=torch.zeros(n, dtype=torch.long))
     jitter = sample_jitter(n, rng)
@@ -75,16 +86,18 @@ def _block(rng: torch.Generator, *, n: int, size: int, frames: int) -> Videos:
     step = 0.06 + 0.03 * torch.rand(n, generator=rng)
     phase = phases(label, start, step, frames=frames)
     objects = place(scene, jitter)
+    held = torch.arange(len(STATIC)) != torch.div(label, 2, rounding_mode="floor")[:, None]  # (B, 5)
+    held &= torch.tensor(calm)
     shots = []
     for t in range(frames):
         x, y, scale, turn, opacity = phase[:, t].unbind(1)
         centre = torch.stack([x, y], 1) * 1.8 - 0.9
         moved = replace(
             objects,
-            centre=centre[:, None].expand_as(objects.centre),
-            radius=(0.32 + 0.36 * scale)[:, None].expand_as(objects.radius),
-            angle=(turn * 2 * math.pi)[:, None].expand_as(objects.angle),
-            opacity=(0.25 + 0.75 * opacity)[:, None].expand_as(objects.opacity),
+            centre=torch.where(held[:, None, :2], objects.centre, centre[:, None]),
+            radius=torch.where(held[:, 2:3], objects.radius, (0.32 + 0.36 * scale)[:, None]),
+            angle=torch.where(held[:, 3:4], objects.angle, (turn * 2 * math.pi)[:, None]),
+            opacity=torch.where(held[:, 4:], objects.opacity, (0.25 + 0.75 * opacity)[:, None]),
         )
         shots.append((draw(moved, scene.background, jitter, size=size).image * 255).round().to(torch.uint8))
     return Videos(frames=torch.stack(shots, 1), label=label, scene=scene, number=torch.arange(n))

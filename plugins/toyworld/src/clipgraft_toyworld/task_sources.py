@@ -41,9 +41,18 @@ class VideosConfig(WorldConfig):
     label: Literal["motion", "object-motion"] = Field(
         "motion", description="the ten motions, or a shape with a motion, such as moon moving left"
     )
+    motions: tuple[str, ...] = Field(MOTIONS, min_length=1, description="motions to show")
+    calm: bool = Field(
+        False, description="what doesn't move stays as in a picture, so that frames tell the kind of motion"
+    )
     order: Literal["forward", "shuffled"] = Field(
         "forward", description="shuffled: every video's frames in an order of its own, so that no class tells it"
     )
+
+
+def _places(chosen: Sequence[str], names: Sequence[str]) -> torch.Tensor:
+    """(len(names),) place of each name among the chosen, -1 where it is not."""
+    return torch.tensor([list(chosen).index(name) if name in chosen else -1 for name in names])
 
 
 class Defects:
@@ -99,7 +108,7 @@ class Defects:
 class Videos:
     """`toyworld/videos`: ten motions; `extra["frames"]` (T, 3, S, S) uint8, `image` is the first frame.
 
-    With the label object-motion classes are the `shapes` times the motions, in this order. A video's shuffled order
+    With the label object-motion classes are the `shapes` times the `motions`, in this order. A video's shuffled order
     depends on its number and the seed alone.
     """
 
@@ -113,33 +122,45 @@ class Videos:
         frames: int = 8,
         shapes: Sequence[str] = SHAPES,
         label: Literal["motion", "object-motion"] = "motion",
+        motions: Sequence[str] = MOTIONS,
+        calm: bool = False,
         order: Literal["forward", "shuffled"] = "forward",
     ) -> None:
-        for shape in shapes:
-            if shape not in SHAPES:
-                raise unknown_name("shape", shape, SHAPES)
+        for what, chosen_names, known in (("shape", shapes, SHAPES), ("motion", motions, MOTIONS)):
+            for name in chosen_names:
+                if name not in known:
+                    raise unknown_name(what, name, known)
         self.name = "toyworld/videos"
         chosen = {} if tuple(shapes) == SHAPES else {"shapes": tuple(shapes)}
         chosen |= {} if label == "motion" else {"label": label}
+        chosen |= {} if tuple(motions) == MOTIONS else {"motions": tuple(motions)}
+        chosen |= {"calm": True} if calm else {}
         chosen |= {} if order == "forward" else {"order": order}
         self.fingerprint = fingerprint(self.name, split=split, n=n, size=size, seed=seed, frames=frames, **chosen)
         self.attributes: Mapping[str, Sequence[str]] = {"shape": SHAPES, "color": COLORS}
         self._data = videos(
-            split, n=n, size=size, seed=seed, frames=frames, shapes=[SHAPES.index(shape) for shape in shapes]
+            split,
+            n=n,
+            size=size,
+            seed=seed,
+            frames=frames,
+            shapes=[SHAPES.index(shape) for shape in shapes],
+            motions=[MOTIONS.index(motion) for motion in motions],
+            calm=calm,
         )
         self._order = None
         if order == "shuffled":
             drawn = [torch.Generator().manual_seed(seed * 2**20 + int(number)) for number in self._data.number]
             self._order = torch.stack([torch.randperm(frames, generator=rng) for rng in drawn])
+        moves = _places(motions, MOTIONS)[self._data.label]
         if label == "motion":
-            self.classes: Sequence[str] = MOTIONS
+            self.classes: Sequence[str] = tuple(motions)
             self.templates: Sequence[str] = ("a video of an object {}", "object {}", "video of a object {}")
-            self._labels = self._data.label.tolist()
+            self._labels = moves.tolist()
         else:
-            self.classes = [f"{shape} {motion}" for shape in shapes for motion in MOTIONS]
+            self.classes = [f"{shape} {motion}" for shape in shapes for motion in motions]
             self.templates = ("a video of a {}", "a {}", "{}")
-            place = torch.tensor([shapes.index(shape) if shape in shapes else -1 for shape in SHAPES])
-            self._labels = (place[self._data.scene.shape] * len(MOTIONS) + self._data.label).tolist()
+            self._labels = (_places(shapes, SHAPES)[self._data.scene.shape] * len(motions) + moves).tolist()
         self._prefix = f"{split}-{seed}-"
 
     def __len__(self) -> int:
