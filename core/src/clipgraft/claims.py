@@ -20,7 +20,10 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Gain:
-    """The method must exceed ``over`` (a control's name, or "before") in ``metric`` ("evaluator.metric")."""
+    """The method must exceed ``over`` (a control's name, or "before") in ``metric`` ("evaluator.metric").
+
+    A negative ``at_least`` allows a loss: the method is not inferior by more, and the test asks whether that is sure.
+    """
 
     metric: str
     over: str
@@ -73,7 +76,14 @@ class Claim:
     @property
     def rule(self) -> str:
         """When the claim holds, in words."""
-        parts = [f"after exceeds {g.over} in {g.metric} by {g.at_least:g} or more" for g in self.gains]
+        parts = [
+            f"after exceeds {g.over} in {g.metric} by {g.at_least:g} or more"
+            if g.at_least >= 0
+            else f"after is less than {-g.at_least:g} below {g.over} in {g.metric}"
+            for g in self.gains
+        ]
         parts += [f"{k.metric} keeps {k.share:.1%} of before or more" for k in self.kept]
         test = f"every gain has p < {self.alpha:g} in a one-sided paired t-test over at least two seeds"
+        if any(g.at_least < 0 for g in self.gains):
+            test += ", which for an allowed loss tests that it is smaller than allowed"
         return f"Holds if, in the mean over seeds, {'; '.join(parts)}; and {test}."

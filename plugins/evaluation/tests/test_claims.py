@@ -75,6 +75,18 @@ def test_a_gain_that_is_too_small_fails() -> None:
     assert verdict.as_json()["holds"] is False
 
 
+def test_an_allowed_loss_must_surely_be_smaller() -> None:
+    near = claim(gains=(Gain(metric=PAIRS, over="anchor-only", at_least=-0.03),), kept=())
+    verdict = judge(near, arms([0.300, 0.291, 0.295], [0.30, 0.30, 0.30]))
+    assert not verdict.unmet and verdict.p_value is not None
+    assert verdict.p_value == pytest.approx(paired_p_value([0.030, 0.021, 0.025]))
+    unsure = judge(near, arms([0.36, 0.22, 0.29], [0.30, 0.30, 0.30]))  # -.01 in the mean, one seed at -.08
+    assert len(unsure.unmet) == 1 and unsure.p_value is not None and unsure.p_value > 0.05
+    assert judge(near, arms([0.25, 0.26, 0.25], [0.30, 0.30, 0.30])).unmet
+    assert f"after is less than 0.03 below anchor-only in {PAIRS}" in near.rule
+    assert "tests that it is smaller than allowed" in near.rule and "allowed" not in claim().rule
+
+
 def test_a_large_gain_that_chance_explains_fails() -> None:
     verdict = judge(claim(), arms([0.60, 0.21, 0.22], [0.20, 0.20, 0.20]))
     assert len(verdict.unmet) == 2 and all("p = 0.1" in text for text in verdict.unmet)

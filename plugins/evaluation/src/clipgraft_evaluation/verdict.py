@@ -64,7 +64,8 @@ def judge(claim: Claim, arms: Mapping[str, Mapping[str, Sequence[float]]], *, se
         mean = statistics.fmean(differences)
         text, fine = f"{g.metric}: {mean:+.4f} over {g.over} (needs {g.at_least:+g})", mean >= g.at_least
         if seeds > 1:  # every gain must pass, so the largest p speaks for all and no correction is due
-            tails.append(p := paired_p_value(differences))
+            allowed = min(g.at_least, 0.0)  # a loss that is allowed: the test asks whether the mean is above it
+            tails.append(p := paired_p_value([d - allowed for d in differences]))
             text, fine = f"{text}, p = {p:.2g} (needs below {claim.alpha:g})", fine and p < claim.alpha
         seen.append((text, fine))
     for k in claim.kept:
