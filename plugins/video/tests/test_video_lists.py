@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from clipgraft.errors import InputError
 from clipgraft_video.class_lists import read_classes
-from clipgraft_video.flips import may_flip
+from clipgraft_video.flips import may_flip, mirrored_places
 from clipgraft_video.protocols import few_shot, halves, harmonic_mean, refuse_leak, within
 from clipgraft_video.video_lists import Listing, read_list
 
@@ -133,3 +133,10 @@ def test_classes_that_say_left_or_right_are_not_mirrored() -> None:
     assert may_flip(["brightness", "leftovers", "run"]) and may_flip([])
     assert not may_flip(["run", "pushing something from left to right"])
     assert not may_flip(["TurnLeft"]) and not may_flip(["turn_right"])
+
+
+def test_a_mirror_exchanges_left_and_right_in_a_class() -> None:
+    names = ["push from left to right", "run", "push from right to left", "TurnLeft", "turn_right", "leftovers"]
+    assert mirrored_places(names) == [2, 1, 0, 4, 3, 5]
+    with pytest.raises(InputError, match="'wave left hand' has no mirror image 'wave right hand'"):
+        mirrored_places(["wave left hand", "run"])

@@ -67,6 +67,20 @@ def test_training_draws_frames_and_crops_by_its_generator(folder: Path) -> None:
     assert torch.equal(first, again) and not torch.equal(first, other) and first.dtype == torch.uint8
 
 
+def test_a_mirrored_video_has_the_class_of_its_mirror_image(tmp_path: Path, write_video: Callable[..., Path]) -> None:
+    for name in ("move left", "move right", "stand"):
+        (tmp_path / name).mkdir()
+        write_video(tmp_path / name / "a.mp4", 8)
+    plain, swap = (opened(f"video:{tmp_path}?frames=2&size=32&flip={flip}") for flip in ("off", "swap"))
+    assert plain.augment.flip == 0.0 and swap.augment.flip == 0.5
+    for index, mirror in ((0, 1), (1, 0), (2, 2)):
+        labels = {swap.varied(index, torch.Generator().manual_seed(k)).label for k in range(12)}
+        assert labels == {index, mirror}
+        assert swap[index].label == index  # a test mirrors nothing
+    with pytest.raises(InputError, match="flip=swap exchanges classes, and it names none"):
+        opened(f"video:{tmp_path / 'stand'}?flip=swap")
+
+
 def test_lists_with_roots_classes_shots_and_halves(folder: Path, tmp_path: Path) -> None:
     rows = [f"{name}/clip {k}.mp4 {label}" for label, name in ((7, "run fast"), (9, "walk")) for k in range(3)]
     (tmp_path / "list.txt").write_text("\n".join(rows))

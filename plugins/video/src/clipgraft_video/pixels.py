@@ -50,7 +50,15 @@ def test_clip(frames: Tensor, size: int, *, crops: Literal[1, 3] = 1, crop: int 
     return F.crop(frames, int((h - size) * share), int((w - size) * share), size, size)
 
 
-def training_clip(frames: Tensor, size: int, *, augment: Augment, rng: Generator, antialias: bool = True) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """``frames`` (T, 3, S, S) uint8 as training sees them; ``mirrored``: left is right."""
+
+    frames: Tensor
+    mirrored: bool
+
+
+def training_clip(frames: Tensor, size: int, *, augment: Augment, rng: Generator, antialias: bool = True) -> Cut:
     """(T, 3, H, W') uint8 -> (T, 3, S, S) uint8: one crop, one flip and one jitter for the whole clip.
 
     The crop's sides are two of ``CROP_SCALES`` at most one step apart, at a corner or the centre; it is stretched to
@@ -59,7 +67,8 @@ def training_clip(frames: Tensor, size: int, *, augment: Augment, rng: Generator
     frames = resize_short(frames, round(size * RESIZED), antialias=antialias)
     top, left, h, w = _multi_scale(frames.shape[-2], frames.shape[-1], rng)
     frames = F.resized_crop(frames, top, left, h, w, [size, size], InterpolationMode.BILINEAR, antialias=antialias)
-    if _chance(augment.flip, rng):
+    mirrored = _chance(augment.flip, rng)
+    if mirrored:
         frames = F.hflip(frames)
     if _chance(augment.jitter, rng):
         if augment.jitter_per_frame:
@@ -68,7 +77,7 @@ def training_clip(frames: Tensor, size: int, *, augment: Augment, rng: Generator
             frames = _jittered(frames, rng)
     if _chance(augment.gray, rng):
         frames = F.rgb_to_grayscale(frames, num_output_channels=3)
-    return frames
+    return Cut(frames, mirrored)
 
 
 def _multi_scale(height: int, width: int, rng: Generator) -> tuple[int, int, int, int]:

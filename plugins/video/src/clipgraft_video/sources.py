@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +18,7 @@ from clipgraft.errors import InputError
 from clipgraft_video.archive import content, exists, is_archive, is_folder, stamp, walk
 from clipgraft_video.class_lists import ClassList, read_classes
 from clipgraft_video.decoding import SUFFIXES, BadVideo, VideoInfo
-from clipgraft_video.flips import may_flip
+from clipgraft_video.flips import may_flip, mirrored_places
 from clipgraft_video.frame_rules import Rule, indices
 from clipgraft_video.media import PICTURES, frames_of, info_of
 from clipgraft_video.pixels import Augment, test_clip, training_clip
@@ -36,8 +36,10 @@ class ClipConfig(Config):
     stride: int = Field(16, gt=0, description="of the rule dense [frames]")
     fps: float = Field(25.0, gt=0, description="of folders of pictures, which don't say it [1/s]")
     antialias: bool = Field(True, description="when resizing; false is what the official OpenCV code does")
-    flip: Literal["auto", "on", "off"] = Field(
-        "auto", description="auto: off when a class says left or right, and for captions"
+    flip: Literal["auto", "on", "off", "swap"] = Field(
+        "auto",
+        description="auto: off when a class says left or right, and for captions; swap: a mirrored video has the class "
+        "with left and right exchanged",
     )
     jitter_per_frame: bool = Field(False, description="other colours in every frame, as in ViFi-CLIP's code")
     max_damaged: float = Field(0.5, ge=0, le=1, description="largest share of frames that a damaged tail may lack")
@@ -91,7 +93,10 @@ class Videos:
         self, name: str, files: Sequence[VideoFile], *, root: Path, classes: Sequence[str], clip: ClipConfig
     ) -> None:
         self.name, self.files, self.root, self.classes, self.clip = name, list(files), root, list(classes), clip
-        flips = clip.flip == "on" or (clip.flip == "auto" and bool(self.classes) and may_flip(self.classes))
+        if clip.flip == "swap" and not self.classes:
+            raise InputError(f"{name}: flip=swap exchanges classes, and it names none; leave flip out")
+        self._mirror = mirrored_places(self.classes) if clip.flip == "swap" else list(range(len(self.classes)))
+        flips = clip.flip in ("on", "swap") or (clip.flip == "auto" and bool(self.classes) and may_flip(self.classes))
         self.augment = Augment(flip=0.5 if flips else 0.0, jitter_per_frame=clip.jitter_per_frame)
         digest = hashlib.sha256(repr((self.classes, clip.model_dump())).encode())
         for file in self.files:
@@ -132,7 +137,10 @@ class Videos:
         info, path = self.info(index), self._inside(file)
         at = indices(c.rule, info.frames, c.frames, rng=rng, stride=c.stride, fps=info.fps)
         frames = self._read(file, path, at)
-        return self._sample(file, training_clip(frames, c.size, augment=self.augment, rng=rng, antialias=c.antialias))
+        cut = training_clip(frames, c.size, augment=self.augment, rng=rng, antialias=c.antialias)
+        if cut.mirrored and file.label is not None:
+            file = replace(file, label=self._mirror[file.label])
+        return self._sample(file, cut.frames)
 
     def info(self, index: int) -> VideoInfo:
         """What the file holds; asked of the file once."""
