@@ -16,7 +16,7 @@ from clipgraft.evaluation.statistics import Share, intervals, value
 from clipgraft_evaluation.page import number, signed, size
 from clipgraft_evaluation.report import write_report
 
-VOID = {"meta", "img", "br", "hr", "link", "input", "path", "use", "rect"}
+VOID = {"meta", "img", "br", "hr", "link", "input", "path", "use", "rect", "wbr"}
 
 
 class Page(HTMLParser):

@@ -49,6 +49,11 @@ class Row:
         return "up" if gain > 0.0005 else "down" if gain < -0.0005 else "same"
 
     @property
+    def tested(self) -> bool:
+        """Whether the page can say a verdict."""
+        return self.test is not None and self.test.p_adjusted is not None
+
+    @property
     def is_share(self) -> bool:
         """Whether both lie in [0, 1], so that they can be drawn on one scale."""
         return all(v is not None and 0 <= v <= 1 for v in (self.before, self.after))

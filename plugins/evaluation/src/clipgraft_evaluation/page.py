@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from clipgraft import files
 from clipgraft.errors import ClipgraftError
@@ -24,7 +24,7 @@ def write_page(template: str, path: Path, **content: Any) -> Path:
     environment = Environment(loader=PackageLoader("clipgraft_evaluation", "page"), autoescape=True,
                               undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
     environment.filters |= {"number": number, "signed": signed, "size": size, "span": span, "cell": cell}
-    environment.filters |= {"picture": picture_uri, "shades": shades, "wordy": wordy}
+    environment.filters |= {"picture": picture_uri, "shades": shades, "wordy": wordy, "breakable": breakable}
     style = resources.files("clipgraft_evaluation").joinpath("page/report.css").read_text("utf-8")
     page = environment.get_template(template).render(style=Markup(style), **content)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,10 +43,10 @@ def told(make: Callable[[], T | None], title: str, missing: list[tuple[str, str]
 
 
 def number(value: float | None) -> str:
-    """Four significant places for people; a dash for nothing."""
+    """Three places for people, two digits of what is smaller; a dash for nothing."""
     if value is None:
         return "–"
-    return f"{value:.3f}" if 0.001 <= abs(value) < 1000 or value == 0 else f"{value:.3g}"
+    return f"{value:.3f}" if 0.001 <= abs(value) < 1000 or value == 0 else f"{value:.{2 if abs(value) < 1 else 3}g}"
 
 
 def signed(value: float | None) -> str:
@@ -64,6 +64,11 @@ def size(count: int) -> str:
     """Bytes for people."""
     power = min(int(math.log(count, 1024)), 3) if count else 0
     return f"{count / 1024**power:.{0 if power == 0 else 1}f} {('B', 'kB', 'MB', 'GB')[power]}"
+
+
+def breakable(name: str) -> Markup:
+    """A name that may go on in the next line behind an underscore."""
+    return escape(name).replace("_", Markup("_<wbr>"))
 
 
 def cell(value: str | float, places: int = 3) -> str:

@@ -70,6 +70,18 @@ def clipgraft_evaluators() -> list[Component]:
 
 
 @hookimpl
+def clipgraft_reports() -> list[Component]:
+    """Sections of a run's page."""
+    return [
+        Component(
+            name="retrieval",
+            target=f"{PACKAGE}.retrieval_gallery:retrieval_gallery",
+            summary="Captions with the pictures that they find, before and after the run",
+        )
+    ]
+
+
+@hookimpl
 def clipgraft_datasets() -> list[Component]:
     """Benchmarks in their published layouts, opened as ``mmvp:DIR`` and so on."""
     table = {

@@ -101,7 +101,7 @@ def _figure(name: str, title: str, lines: Sequence[Line], *, large: bool) -> Mar
     if large:
         axis.set_xlabel("step")
         if any(line.of for line in lines):
-            axis.legend(fontsize=9, labelcolor="linecolor")
+            axis.legend(fontsize=9, labelcolor="linecolor", frameon=False)
     told = "; ".join(f"{line.of}: {_ends(line)}" if line.of else _ends(line) for line in lines)
     return inline(figure, name=name, label=f"{title} over {max(line.steps[-1] for line in lines):.0f} steps, {told}")
 
