@@ -103,3 +103,9 @@ def test_in_calm_videos_only_the_named_property_leaves_the_picture() -> None:
     spread = calm.frames.float().std(1).mean((1, 2, 3))  # everything that moves does so
     assert all(spread[calm.label == k].mean() > 3 for k in range(10))
     assert Videos(n=8).fingerprint != Videos(n=8, calm=True).fingerprint
+
+
+def test_a_stride_takes_every_second_frame_of_the_same_videos() -> None:
+    every, second = Videos(split="tune", n=6, frames=8), Videos(split="tune", n=6, frames=4, stride=2)
+    assert all(torch.equal(second[k].extra["frames"], every[k].extra["frames"][::2]) for k in range(6))
+    assert second.fingerprint != Videos(split="tune", n=6, frames=4).fingerprint

@@ -37,6 +37,7 @@ class VideosConfig(WorldConfig):
 
     n: int = Field(512, gt=0, description="number of videos")
     frames: int = Field(8, ge=2, le=32, description="pictures per video")
+    stride: int = Field(1, ge=1, le=8, description="distance of two frames; 2 takes every second of a longer video")
     shapes: tuple[str, ...] = Field(SHAPES, min_length=1, description="object shapes to show")
     label: Literal["motion", "object-motion"] = Field(
         "motion", description="the ten motions, or a shape with a motion, such as moon moving left"
@@ -120,6 +121,7 @@ class Videos:
         size: int = 32,
         seed: int = 0,
         frames: int = 8,
+        stride: int = 1,
         shapes: Sequence[str] = SHAPES,
         label: Literal["motion", "object-motion"] = "motion",
         motions: Sequence[str] = MOTIONS,
@@ -135,6 +137,7 @@ class Videos:
         chosen |= {} if label == "motion" else {"label": label}
         chosen |= {} if tuple(motions) == MOTIONS else {"motions": tuple(motions)}
         chosen |= {"calm": True} if calm else {}
+        chosen |= {} if stride == 1 else {"stride": stride}
         chosen |= {} if order == "forward" else {"order": order}
         self.fingerprint = fingerprint(self.name, split=split, n=n, size=size, seed=seed, frames=frames, **chosen)
         self.attributes: Mapping[str, Sequence[str]] = {"shape": SHAPES, "color": COLORS}
@@ -143,11 +146,12 @@ class Videos:
             n=n,
             size=size,
             seed=seed,
-            frames=frames,
+            frames=(frames - 1) * stride + 1,
             shapes=[SHAPES.index(shape) for shape in shapes],
             motions=[MOTIONS.index(motion) for motion in motions],
             calm=calm,
         )
+        self._frames = self._data.frames[:, ::stride]
         self._order = None
         if order == "shuffled":
             drawn = [torch.Generator().manual_seed(seed * 2**20 + int(number)) for number in self._data.number]
@@ -169,7 +173,7 @@ class Videos:
     def __getitem__(self, index: int) -> Sample:
         motion = MOTIONS[int(self._data.label[index])]
         shape, color = int(self._data.scene.shape[index]), int(self._data.scene.color[index])
-        frames = self._data.frames[index]
+        frames = self._frames[index]
         frames = frames if self._order is None else frames[self._order[index]]
         return Sample(
             id=f"{self._prefix}{int(self._data.number[index])}",
