@@ -14,7 +14,7 @@ from clipgraft.config.schema import Config
 from clipgraft.encoders.base import DEFAULT_REQUEST, Encoder, ImageEncoder
 from clipgraft.encoders.towers import VitImage
 from clipgraft.errors import InputError
-from clipgraft.types import FeatureRequest, ImageFeatures
+from clipgraft.types import FeatureRequest, ImageFeatures, widened
 from clipgraft_video.clock import Clock
 from clipgraft_video.distnet.network import Network
 from clipgraft_video.heads import VideoFeatures, VideoHead
@@ -38,8 +38,8 @@ class DistHead(VideoHead):
     def forward(self, image: ImageFeatures, frames: int) -> VideoFeatures:
         """One row per video of what the tower repeated; ``frames`` (B, T', D) are CLIP's."""
         assert isinstance(image, DistFeatures) and image.spatial is not None
-        pooled = image.pooled.unflatten(0, (-1, frames))[:, 0]
-        return VideoFeatures(pooled, image.spatial.unflatten(0, (len(pooled), -1)))
+        pooled = widened(image.pooled).unflatten(0, (-1, frames))[:, 0]
+        return VideoFeatures(pooled, widened(image.spatial).unflatten(0, (len(pooled), -1)))
 
     def logits(self, video: VideoFeatures, texts: Tensor, scale: Tensor) -> Tensor:
         """(1 - share) exp(s) cos(v, t) + share exp(s) mean_t cos(f_t, t)."""
