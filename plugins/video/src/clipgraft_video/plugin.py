@@ -170,6 +170,29 @@ def clipgraft_reports() -> list[Component]:
 
 
 @hookimpl
+def clipgraft_claims() -> list[Component]:
+    """Claims."""
+    rows = (
+        (
+            "video-order",
+            "ORDER",
+            "Adapters over frames tell opposite motions apart, the mean over frames can't",
+            M2CLIP,
+        ),
+    )
+    return [
+        Component(
+            name=name,
+            target=f"{_PACKAGE}.claims:{attribute}",
+            summary=summary,
+            needs=("clipgraft-toyworld",),
+            paper=paper,
+        )
+        for name, attribute, summary, paper in rows
+    ]
+
+
+@hookimpl
 def clipgraft_open(uri: str) -> Any:
     """``xclip:DIR``: what transformers' XCLIPModel saved."""
     if not uri.startswith("xclip:"):
