@@ -11,6 +11,7 @@ import copy
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -60,38 +61,29 @@ def write_export(
     *,
     components: Mapping[str, nn.Module] = {},
     lineage: Sequence[dict[str, Any]] = (),
-    card: str | None = None,
+    card: str | Mapping[str, Any] | None = None,
+    where: str = "DIR",
     dtype: torch.dtype | None = None,
 ) -> Path:
     """Write ``encoder`` with adapters merged on a copy, ``components`` by name, and how it came to be.
 
     A component that was built from the registry says so in its attribute ``registered`` = (name, config). ``card`` is
-    the text of the model card. ``dtype`` stores the encoder in another precision; it is read back as fp32.
+    what a run tells of itself (``clipgraft.card``), or the text of the model card; ``where`` the hub's ORG/NAME that it
+    names, if the folder goes there. ``dtype`` stores the encoder in another precision; it is read back as fp32.
     """
+    from clipgraft.card import render
     from clipgraft.encoders import merge_grafts
-    from clipgraft.encoders.openclip import CONFIG, WEIGHTS, open_clip_state, why_not_open_clip
+    from clipgraft.encoders.openclip import CONFIG, WEIGHTS, open_clip_state
 
     records = [_component(name, module) for name, module in components.items()]
     history = [{"use": g.name, "config": g.config, "merged": g.portable, **_maker(g.name)} for g in encoder.data.grafts]
     if encoder.data.grafts:
         shared = [encoder.data.tokenizer, *(g.graft for g in encoder.data.grafts)]  # may be large, or hold other models
         encoder = merge_grafts(copy.deepcopy(encoder, {id(x): x for x in shared}))
-    data, reason = encoder.data, why_not_open_clip(encoder)
+    manifest = described(encoder, grafts=history, components=records, lineage=lineage)
+    manifest |= {} if isinstance(card, str) or not card else {"card": dict(card)}
+    data, reason, preprocess = encoder.data, manifest["reason"], manifest["preprocess"]
     weights, state = (OWN_WEIGHTS, encoder.state_dict()) if reason else (WEIGHTS, open_clip_state(encoder))
-    preprocess = data.preprocess.as_dict()
-    manifest = {
-        "schema": SCHEMA,
-        "clipgraft": _maker("core")["version"],
-        "level": "L2" if reason else "L1" if records else "L0",
-        "reason": reason,
-        "encoder": {"uri": data.origin.uri, "architecture": data.origin.architecture, "weights": weights},
-        "model_config": data.model_config,
-        "preprocess": preprocess,
-        "tokenizer": "huggingface" if data.model_config.get("text_cfg", {}).get("hf_tokenizer_name") else "bpe",
-        "grafts": history,
-        "components": records,
-        "lineage": [*data.origin.lineage, *lineage],
-    }
     with whole_folder(Path(folder), marker=MANIFEST) as draft:
         write_tensors(draft / weights, state, dtype=dtype)
         if not reason:
@@ -100,30 +92,63 @@ def write_export(
             write_tensors(draft / f"{name}.safetensors", module.state_dict())
         if data.tokenizer is not None:
             data.tokenizer.save(str(draft))
-        (draft / CARD).write_text(card or _card(manifest), encoding="utf-8")
-        files = {str(f.relative_to(draft)): f for f in sorted(draft.rglob("*")) if f.is_file()}
-        hashes = {name: {"sha256": sha256_of(f), "bytes": f.stat().st_size} for name, f in files.items()}
-        write_json(draft / MANIFEST, manifest | {"files": hashes})
+        (draft / CARD).write_text(card if isinstance(card, str) else render(manifest, where=where), encoding="utf-8")
+        write_json(draft / MANIFEST, manifest | {"files": _hashes(draft)})
     return Path(folder)
 
 
-def _card(manifest: Mapping[str, Any]) -> str:
-    """A model card from what is recorded."""
-    encoder, reason = manifest["encoder"], manifest["reason"]
-    openers = [] if reason else ['`open_clip.create_model_and_transforms("local-dir:DIR")`']
-    steps = [f"- {json.dumps(step)}" for step in manifest["lineage"]]
-    lines = [
-        f"---\nlibrary_name: {'clipgraft' if reason else 'open_clip'}\ntags: [clip, clipgraft]\n---",
-        f"# A CLIP from {encoder['uri']}",
-        f"Architecture {encoder['architecture']}, portability {manifest['level']}. "
-        f"Open it with {' or '.join([*openers, '`clipgraft.load(DIR)`'])}.",
-        f"open_clip can't hold it: {reason}." if reason else "",
-        f"Grafts: {', '.join(g['use'] for g in manifest['grafts']) or 'none'}. "
-        f"Components: {', '.join(c['name'] for c in manifest['components']) or 'none'}.",
-        "## How it came to be",
-        "\n".join(steps) or "Nothing was recorded.",
-    ]
-    return "\n\n".join(line for line in lines if line) + "\n"
+def described(
+    encoder: Encoder,
+    *,
+    grafts: Sequence[dict[str, Any]] = (),
+    components: Sequence[dict[str, Any]] = (),
+    lineage: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    """``clipgraft.json`` of an encoder, apart from the files."""
+    from clipgraft.encoders.openclip import WEIGHTS, why_not_open_clip
+
+    data, reason = encoder.data, why_not_open_clip(encoder)
+    named = "huggingface" if data.model_config.get("text_cfg", {}).get("hf_tokenizer_name") else "bpe"
+    weights = OWN_WEIGHTS if reason else WEIGHTS
+    return {
+        "schema": SCHEMA,
+        "clipgraft": _maker("core")["version"],
+        "level": "L2" if reason else "L1" if components else "L0",
+        "reason": reason,
+        "encoder": {"uri": data.origin.uri, "architecture": data.origin.architecture, "weights": weights},
+        "model_config": data.model_config,
+        "preprocess": data.preprocess.as_dict(),
+        "tokenizer": named if encoder.text is not None else "",
+        "grafts": list(grafts),
+        "components": list(components),
+        "lineage": [*data.origin.lineage, *lineage],
+    }
+
+
+def copy_export(folder: Path, out: Path, *, card: Mapping[str, Any] = {}, where: str = "DIR") -> Path:
+    """The export in ``folder`` once more, components included, with ``card`` over what its run told and a new README.
+
+    ``where``: the hub's ORG/NAME that the README names, if it goes there.
+    """
+    from clipgraft.card import render
+
+    manifest = read_manifest(folder)
+    told = dict(manifest.get("card") or {})
+    manifest["card"] = told | {key: value for key, value in card.items() if value is not None}
+    with whole_folder(Path(out), marker=MANIFEST) as draft:
+        for name in manifest["files"]:
+            (draft / name).parent.mkdir(parents=True, exist_ok=True)
+            if name != CARD:
+                shutil.copyfile(folder / name, draft / name)
+        (draft / CARD).write_text(render(manifest, where=where), encoding="utf-8")
+        write_json(draft / MANIFEST, manifest | {"files": _hashes(draft)})
+    return Path(out)
+
+
+def _hashes(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file."""
+    files = {str(f.relative_to(folder)): f for f in sorted(folder.rglob("*")) if f.is_file()}
+    return {name: {"sha256": sha256_of(f), "bytes": f.stat().st_size} for name, f in files.items()}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -142,6 +167,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} was written by a later clipgraft ({manifest.get('clipgraft')}); upgrade clipgraft")
     for name, expected in files.items():
         file = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InputError(f"{folder / MANIFEST} names {name!r}, which is no file of that folder; don't trust it")
         if name == CARD:
             continue
         if not file.is_file():

@@ -18,7 +18,6 @@ import torch
 
 from clipgraft import distributed, environment, files, retention
 from clipgraft.errors import InputError, Interrupted
-from clipgraft.evaluation.comparison import Row
 from clipgraft.log import RunLog
 from clipgraft.recipe import Recipe, StagePlan
 from clipgraft.registry import Registry, current
@@ -117,6 +116,7 @@ def run_recipe(
 
 
 def _execute(run: Run, recipe: Recipe) -> Result:
+    from clipgraft.card import told_by
     from clipgraft.checkpoint import write_export
 
     began, stages = time.monotonic(), recipe.plan()
@@ -140,8 +140,7 @@ def _execute(run: Run, recipe: Recipe) -> Result:
             export = run.path / "export"
             if run.is_main:
                 run.log.info(f"writing {export}")
-                card = model_card(run, metrics, kept)
-                write_export(run.encoder, export, components=left, lineage=run.lineage(), card=card)
+                write_export(run.encoder, export, components=left, lineage=run.lineage(), card=told_by(run, kept))
                 for line in environment.compare_results(run):
                     run.log.info(line)
             distributed.barrier()
@@ -228,21 +227,6 @@ def _prepare_folder(run: Run, *, resuming: bool) -> None:
         files.write_json(run.path / environment.ENVIRONMENT, environment.environment(run))
         files.write_json(run.path / environment.PLUGINS, run.registry.freeze())
     distributed.barrier()
-
-
-def model_card(run: Run, metrics: Mapping[str, float], kept: Sequence[Row] = ()) -> str:
-    """README.md of the export: what it is, what was done, what was measured, what it cost."""
-    before = run.measure("before")
-    rows = "".join(
-        f"| {name} | {before.get(name, float('nan')):.4f} | {value:.4f} |\n" for name, value in metrics.items()
-    )
-    nothing = "" if kept else "\nNothing was measured in this run.\n"
-    table = f"\n| metric | before | after |\n|---|---|---|\n{rows}" if rows else nothing
-    paper = f"\nMethod: {run.recipe.component.paper}\n" if run.recipe.component.paper else ""
-    return (
-        f"# {run.recipe.name} on {run.config.model.from_}\n\n{run.recipe.component.summary}\n{paper}"
-        f"\nData: `{run.config.data.from_}`. Seed {run.seed}.\n{table}{retention.as_markdown(kept)}"
-    )
 
 
 def _steps(path: Path) -> int:

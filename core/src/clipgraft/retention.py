@@ -120,11 +120,14 @@ def as_metrics(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     }
 
 
-def as_markdown(rows: Sequence[Row]) -> str:
-    """A section of the model card; empty without rows."""
+def as_markdown(
+    rows: Sequence[Row],
+    told: str = "What was kept, measured on the same samples before and after (p adjusted over the table, Holm):",
+) -> str:
+    """A section of the model card under the sentence ``told``; empty without rows."""
     if not rows:
         return ""
-    lines = ["", "What was kept, measured on the same samples before and after (p adjusted over the table, Holm):", ""]
+    lines = ["", told, ""]
     lines += ["| metric | before | after | difference, 95 % interval | p | verdict |", "|---|---|---|---|---|---|"]
     for row in rows:
         spread = "" if row.low is None else f" [{row.low:+.4f}, {row.high:+.4f}]"

@@ -261,7 +261,8 @@ class Run:
             return []
         # an export of ours knows its file's hash; of other bases the tensors are hashed
         sha256 = base.sha256 or files.tensors_digest(self.base_encoder().state_dict())
-        return [{"recipe": self.recipe.name, "base": base.uri, "base_sha256": sha256, "seed": self.seed}]
+        data = self.config.data.from_
+        return [{"recipe": self.recipe.name, "base": base.uri, "base_sha256": sha256, "data": data, "seed": self.seed}]
 
     def status(self, status: str, **more: Any) -> None:
         """Write status.json."""

@@ -152,6 +152,16 @@ class EvaluateConfig(Config):
     )
 
 
+class CardConfig(Config):
+    """What the model card says and no run can know."""
+
+    license: str | None = Field(None, description="of the exported model, best an id of the hub such as apache-2.0")
+    sources: str | dict[str, str] | None = Field(
+        None, description="licences of the base model and of the data, in words or by name"
+    )
+    limits: str | None = Field(None, description="what the model must not be used for, or can't do")
+
+
 class RunConfig(Config):
     """The top level of a run; recipes add their own blocks."""
 
@@ -159,6 +169,7 @@ class RunConfig(Config):
     data: DataConfig
     grafts: tuple[GraftRef, ...] = Field((), description="structural changes of the model, applied in this order")
     evaluate: EvaluateConfig = EvaluateConfig()
+    card: CardConfig = CardConfig()
     hooks: tuple[HookRef, ...] = Field((), description="lifecycle hooks to switch on")
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field((), description="also log there")
     requires: tuple[str, ...] = Field((), description="requirements of plugins, such as clipgraft-diffusion>=0.1")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clipgraft.errors import InputError, unknown_name
+from clipgraft.errors import ClipgraftError, InputError, unknown_name
 
 if TYPE_CHECKING:
     from clipgraft.config.schema import Node
@@ -29,7 +30,11 @@ def load(uri: str, *, registry: Registry | None = None) -> Encoder:
             raise InputError(f"{uri!r} names nothing; expected {scheme}:NAME")
         if scheme == "open_clip":
             return openclip.open_architecture(rest)
-        return openclip.open_folder(Path(rest), uri=uri) if scheme == "local-dir" else _open_hub(rest, uri=uri)
+        return (
+            openclip.open_folder(Path(rest), uri=uri)
+            if scheme == "local-dir"
+            else _open_hub(rest, uri=uri, registry=registry)
+        )
     registry = registry or current()
     registered = uri in {found.name for found in registry.list("encoder")}
     encoder = None
@@ -65,7 +70,7 @@ def _open_directory(folder: Path, *, uri: str, registry: Registry | None = None)
     return None
 
 
-def _open_hub(name: str, *, uri: str) -> Encoder:
+def _open_hub(name: str, *, uri: str, registry: Registry | None = None) -> Encoder:
     """A repository of the Hugging Face hub, or its cache: small files, then the weights or their shards."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -74,6 +79,10 @@ def _open_hub(name: str, *, uri: str) -> Encoder:
 
     try:
         folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model"]))
+        if (folder / "clipgraft.json").is_file():  # our export names its files, components among them
+            ours = json.loads((folder / "clipgraft.json").read_text(encoding="utf-8"))
+            folder = Path(snapshot_download(name, allow_patterns=["clipgraft.json", *ours["files"]]))
+            return _open_directory(folder, uri=uri, registry=registry)  # type: ignore[return-value]
         for file in WEIGHT_FILES:
             try:
                 hf_hub_download(name, file)
@@ -83,6 +92,8 @@ def _open_hub(name: str, *, uri: str) -> Encoder:
         else:
             for shard in shard_files(folder):
                 hf_hub_download(name, shard.name)
+    except ClipgraftError:
+        raise
     except Exception as error:  # network, name and permission errors alike
         raise InputError(f"{uri} could not be fetched: {' '.join(str(error).split())[:200]}") from None
     if uri.startswith("hf:") and (folder / "config.json").is_file():

@@ -7,7 +7,7 @@ fused by concatenation, projections are transposed, the input projection of SigL
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -254,10 +254,22 @@ def _tower_config(blocks: Any, *, width: int, model_type: str) -> dict[str, Any]
     return sizes | {"num_attention_heads": block.attn.num_heads} | style
 
 
-def write_huggingface(encoder: Encoder, folder: Path) -> Path:
-    """Write config.json, model.safetensors, preprocessor_config.json and the tokenizer's files into ``folder``."""
+def write_huggingface(
+    encoder: Encoder, folder: Path, *, card: Mapping[str, Any] | None = None, where: str = "DIR"
+) -> Path:
+    """Write config.json, model.safetensors, preprocessor_config.json, the tokenizer's files and a model card.
+
+    ``card``: what a run told of itself; ``where``: the hub's ORG/NAME that the card names, if the folder goes there.
+    """
+    from clipgraft.card import render
+    from clipgraft.checkpoint import CARD, described
     from clipgraft.files import whole_folder, write_tensors
 
+    if kept := [graft.name for graft in encoder.data.grafts if not graft.portable]:
+        raise InputError(
+            f"transformers can't hold {encoder.data.origin.uri}: the graft {kept[0]} changes the architecture beyond "
+            "CLIPModel; leave --format out to export for clipgraft"
+        )
     kind, state, text, pre = _kind(encoder), huggingface_state(encoder), _text_tower(encoder), encoder.preprocess
     if pre.size[0] != pre.size[1] or pre.resize_mode == "longest":
         raise InputError("transformers' image processors crop or squash to a square; give the encoder square images")
@@ -283,4 +295,6 @@ def write_huggingface(encoder: Encoder, folder: Path) -> Path:
         write_tensors(draft / "model.safetensors", state)
         if encoder.data.tokenizer is not None:
             encoder.data.tokenizer.save(str(draft))
+        told = described(encoder) | {"card": dict(card or {}), "transformers": config["architectures"][0]}
+        (draft / CARD).write_text(render(told, form="transformers", where=where), encoding="utf-8")
     return Path(folder)

@@ -34,6 +34,7 @@ def lineage(inputs: Inputs, merger: Merger) -> dict[str, Any]:
 def merged_folder(out: Path, inputs: Inputs, merger: Merger) -> Iterator[Callable[[str, Tensor], None]]:
     """Yields ``write(canonical name, tensor)``; ``out`` is replaced when the block ends without an error."""
     from clipgraft import checkpoint
+    from clipgraft.card import render
     from clipgraft.encoders.openclip import CONFIG, WEIGHTS
 
     source = inputs.described
@@ -73,7 +74,7 @@ def merged_folder(out: Path, inputs: Inputs, merger: Merger) -> Iterator[Callabl
             write_json(draft / CONFIG, {"model_cfg": config, "preprocess_cfg": preprocess | {"mode": "RGB"}})
         if data.tokenizer is not None:
             data.tokenizer.save(str(draft))
-        (draft / checkpoint.CARD).write_text(checkpoint._card(manifest), encoding="utf-8")
+        (draft / checkpoint.CARD).write_text(render(manifest), encoding="utf-8")
         files = {str(f.relative_to(draft)): f for f in sorted(draft.rglob("*")) if f.is_file()}
         hashes = {name: {"sha256": sha256_of(f), "bytes": f.stat().st_size} for name, f in files.items()}
         write_json(draft / checkpoint.MANIFEST, manifest | {"files": hashes})
