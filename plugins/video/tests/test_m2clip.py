@@ -313,6 +313,7 @@ def test_a_run_from_files_to_an_export_whose_classifier_is_measured(
     assert run_recipe("video/m2-clip", overrides=again, out=tmp_path / "again").status == "done"
     for change, message in (
         ({"objective": "classes"}, "set objective to labels"),
+        ({"method.text_layers": 9}, "set text_layers to 3 or less"),
         ({"model.from": str(tmp_path / "run/export"), "data.from": f"{data}&classes={tmp_path}/names.txt"}, "other"),
     ):
         (tmp_path / "names.txt").write_text("dog\ncat\n")

@@ -18,8 +18,10 @@ from clipgraft.execution import run_recipe
 from clipgraft.registry import current
 from clipgraft.testing.tiny import tiny_clip
 from clipgraft.types import FeatureRequest
+from clipgraft_video.m2clip.graft import M2ClipGraft
 from clipgraft_video.model import VideoModel, open_video_model
 from clipgraft_video.vifi.prompts import PromptedText, PromptedVit, VifiPromptsGraft, prompt_parameters
+from clipgraft_video.xclip.graft import XClipGraft
 
 SETS = {"image_tokens": 3, "image_depth": 2, "text_tokens": 2, "text_depth": 2}
 
@@ -183,8 +185,9 @@ def test_what_does_not_fit_is_said(change: dict[str, int], message: str) -> None
 
 
 def test_prompts_twice_and_other_towers_are_refused() -> None:
-    with pytest.raises(InputError, match="without prompts"):
-        VifiPromptsGraft(**SETS).apply(grafted())
+    for other in (grafted(), M2ClipGraft(hidden=4).apply(plain()), XClipGraft().apply(plain())):
+        with pytest.raises(InputError, match=r"plain residual blocks|mixes frames already"):
+            VifiPromptsGraft(**SETS).apply(other)
     with pytest.raises(InputError, match="open_clip ViT"):
         VifiPromptsGraft(**SETS).apply(tiny_clip(kind="siglip-timm"))
 
@@ -206,6 +209,10 @@ def test_from_the_first_step_to_an_export(tmp_path: Path, write_video: Callable[
     before, after = one.encoder.state_dict(), two.encoder.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())  # the bridge stays as it was
     assert len(after) == len(before) + 4 and after["text.prompt"].abs().max() > 0
-    with pytest.raises(InputError, match="nothing to learn"):
-        change = {"method": {**SETS, "image_depth": 0, "text_depth": 0}}
-        run_recipe("video/vifi-clip-prompts", overrides=second | change, out=tmp_path / "no", dry_run=True)
+    for method, message in (
+        ({**SETS, "image_depth": 0, "text_depth": 0}, "nothing to learn"),
+        ({**SETS, "image_depth": 9}, "set image_depth=3 or less"),
+    ):
+        with pytest.raises(InputError, match=message):
+            change = {"method": method}
+            run_recipe("video/vifi-clip-prompts", overrides=second | change, out=tmp_path / "no", dry_run=True)

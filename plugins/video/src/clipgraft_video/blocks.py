@@ -5,7 +5,7 @@ An open_clip checkpoint is what is left when the new names are taken away.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -60,8 +60,14 @@ class FrameBlock(nn.Module):
         return self.attn.out_proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
-def replace_blocks(encoder: Encoder, make: Callable[[int, Any, Clock], nn.Module], *, what: str) -> Clock:
-    """Put ``make(index, block, clock)`` in the place of every block of an open_clip ViT; returns the shared clock."""
+def plain_blocks(blocks: Iterable[Any], *, what: str, uri: str) -> None:
+    """``InputError`` unless all are open_clip's own: what another graft added to a block would be lost."""
+    if any(isinstance(block, FrameBlock) or not hasattr(block, name) for block in blocks for name in PARTS):
+        raise InputError(f"{what} needs open_clip's plain residual blocks; {uri} has others")
+
+
+def plain_tower(encoder: Encoder, *, what: str) -> None:
+    """``InputError`` unless the image tower is an open_clip ViT whose blocks are as they were."""
     from clipgraft.encoders.towers import VitImage
     from clipgraft_video.model import CLOCK
 
@@ -69,9 +75,15 @@ def replace_blocks(encoder: Encoder, make: Callable[[int, Any, Clock], nn.Module
         raise InputError(f"{what} needs an open_clip ViT as image tower, {encoder.data.origin.uri} has another kind")
     if getattr(encoder.image, CLOCK, None) is not None:
         raise InputError(f"{what}: the tower mixes frames already; graft one way of doing so onto a plain CLIP")
-    blocks = encoder.image.tower.transformer.resblocks
-    if any(not hasattr(block, name) for block in blocks for name in PARTS):
-        raise InputError(f"{what} needs open_clip's plain residual blocks; {encoder.data.origin.uri} has others")
+    plain_blocks(encoder.image.tower.transformer.resblocks, what=what, uri=encoder.data.origin.uri)
+
+
+def replace_blocks(encoder: Encoder, make: Callable[[int, Any, Clock], nn.Module], *, what: str) -> Clock:
+    """Put ``make(index, block, clock)`` in the place of every block of an open_clip ViT; returns the shared clock."""
+    from clipgraft_video.model import CLOCK
+
+    plain_tower(encoder, what=what)
+    blocks: Any = encoder.image.tower.transformer.resblocks  # type: ignore[union-attr]
     clock = Clock()
     for index, block in enumerate(blocks):
         blocks[index] = make(index, block, clock)

@@ -13,7 +13,7 @@ from clipgraft.config.schema import Config
 from clipgraft.encoders.base import Encoder
 from clipgraft.errors import InputError
 from clipgraft.types import ImageFeatures
-from clipgraft_video.blocks import FrameBlock, replace_blocks
+from clipgraft_video.blocks import FrameBlock, plain_tower, replace_blocks
 from clipgraft_video.clock import Clock
 from clipgraft_video.heads import VideoFeatures
 from clipgraft_video.ila.alignment import Alignment, apart
@@ -82,14 +82,18 @@ class IlaGraft(Config):
     prompt_layers: int = Field(2, ge=0, description="layers of the video-specific prompts")
     alpha: float = Field(0.1, description="share of the prompts at first")
 
+    def fits(self, encoder: Encoder) -> None:
+        """``InputError`` with the fix when it doesn't suit the encoder."""
+        plain_tower(encoder, what="video/ila")
+        grid = encoder.image.grid
+        if grid is None or min(grid) < 4:
+            has = "no patches" if grid is None else f"{grid[0]} x {grid[1]}"
+            raise InputError(f"video/ila aligns 4 x 4 patches or more, {encoder.data.origin.uri} has {has}")
+
     def apply(self, encoder: Encoder) -> Encoder:
         """Change the tower; it computes what it did until training, the head is new."""
+        self.fits(encoder)
         image: Any = encoder.image
-        grid = getattr(image, "grid", None)
-        if grid is not None and min(grid) < 4:
-            raise InputError(
-                f"video/ila aligns 4 x 4 patches or more, {encoder.data.origin.uri} has {grid[0]} x {grid[1]}"
-            )
         device = next(image.parameters()).device
         clock = replace_blocks(
             encoder,

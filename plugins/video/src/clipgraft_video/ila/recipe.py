@@ -12,7 +12,7 @@ from clipgraft.config.schema import Config
 from clipgraft.recipe import StagePlan
 from clipgraft.runner import Run
 from clipgraft_video.config import VideoRunConfig
-from clipgraft_video.grafting import grafted, has_frames
+from clipgraft_video.grafting import grafted, has_frames, unfit
 from clipgraft_video.ila.alignment import Alignment
 from clipgraft_video.ila.graft import AlignedBlock, IlaFeatures, IlaGraft, IlaHead
 from clipgraft_video.model import HEAD, VideoModel
@@ -100,7 +100,7 @@ class Ila:
     def check(self, run: Run) -> list[str]:
         """What can be seen before any work."""
         c = self.config
-        problems = problems_of(run, c)
+        problems = problems_of(run, c) or unfit(run, NAME, c.method)
         if not problems:
             found = frames_of_data(run.train_source())
             problems += has_frames(c.method.frames, found, what=NAME)

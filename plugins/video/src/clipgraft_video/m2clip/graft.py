@@ -11,7 +11,7 @@ from clipgraft.config.schema import Config
 from clipgraft.encoders.base import Encoder
 from clipgraft.encoders.towers import ClipText
 from clipgraft.errors import InputError
-from clipgraft_video.blocks import FrameBlock, replace_blocks
+from clipgraft_video.blocks import FrameBlock, plain_blocks, plain_tower, replace_blocks
 from clipgraft_video.clock import Clock
 from clipgraft_video.m2clip.adapters import TedAdapter, TextAdapter
 from clipgraft_video.m2clip.head import CLASS, M2Head
@@ -84,16 +84,24 @@ class M2ClipGraft(Config):
             raise ValueError(f"kernel is odd, such as 3, not {value}")
         return value
 
-    def apply(self, encoder: Encoder) -> Encoder:
-        """Change both towers; pictures give the features of before, texts others, because of how adapters start."""
-        text, device = encoder.text, next(encoder.parameters()).device
+    def fits(self, encoder: Encoder) -> None:
+        """``InputError`` with the fix when it doesn't suit the encoder."""
+        text, uri, what = encoder.text, encoder.data.origin.uri, "video/m2-clip"
+        plain_tower(encoder, what=what)
         blocks: Any = text.tower.transformer.resblocks if isinstance(text, ClipText) else []
         if self.text_layers > len(blocks):
             has = f"a text tower of {len(blocks)} blocks" if blocks else "another kind of text tower"
             raise InputError(
-                f"video/m2-clip adapts the last {self.text_layers} blocks of open_clip's text tower, "
-                f"{encoder.data.origin.uri} has {has}; set text_layers to {len(blocks)} or less"
+                f"{what} adapts the last {self.text_layers} blocks of open_clip's text tower, {uri} has {has}; set "
+                f"text_layers to {len(blocks)} or less"
             )
+        plain_blocks(blocks[len(blocks) - self.text_layers :], what=what, uri=uri)
+
+    def apply(self, encoder: Encoder) -> Encoder:
+        """Change both towers; pictures give the features of before, texts others, because of how adapters start."""
+        self.fits(encoder)
+        text, device = encoder.text, next(encoder.parameters()).device
+        blocks: Any = text.tower.transformer.resblocks if isinstance(text, ClipText) else []
         image: Any = encoder.image
         clock = replace_blocks(
             encoder,

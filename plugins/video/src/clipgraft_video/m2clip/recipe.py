@@ -14,7 +14,7 @@ from clipgraft.recipe import StagePlan
 from clipgraft.runner import Run
 from clipgraft_video.blocks import new_parameters
 from clipgraft_video.config import VideoRunConfig
-from clipgraft_video.grafting import grafted
+from clipgraft_video.grafting import grafted, unfit
 from clipgraft_video.m2clip.graft import M2ClipGraft, TedBlock, TextTedBlock
 from clipgraft_video.m2clip.head import M2Head
 from clipgraft_video.m2clip.masking import MaskedTexts
@@ -59,7 +59,7 @@ class M2Clip:
     def check(self, run: Run) -> list[str]:
         """What can be seen before any work."""
         c = self.config
-        problems = problems_of(run, c)
+        problems = problems_of(run, c) or unfit(run, NAME, c.method)
         if c.objective != "labels":
             problems.append(f"{NAME} trains on classes by contrast and further tasks; set objective to labels")
         if problems:

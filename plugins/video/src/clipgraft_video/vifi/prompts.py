@@ -18,7 +18,7 @@ from clipgraft.encoders.base import DEFAULT_REQUEST, Encoder
 from clipgraft.encoders.towers import ClipText, VitImage
 from clipgraft.errors import InputError
 from clipgraft.types import FeatureRequest, ImageFeatures, TextFeatures
-from clipgraft_video.blocks import PARTS, FrameBlock, new_parameters
+from clipgraft_video.blocks import FrameBlock, new_parameters, plain_blocks, plain_tower
 from clipgraft_video.clock import Clock
 
 
@@ -129,12 +129,11 @@ class VifiPromptsGraft(Config):
     text_depth: int = Field(9, ge=0, description="sets in the text tower, the input's among them; 0 for none")
     words: str = Field("", description="words that the text input's tokens start from, as many tokens as text_tokens")
 
-    def apply(self, encoder: Encoder) -> Encoder:
-        """Change both towers; all sets are random at first, but for ``words``."""
-        image, text, uri = encoder.image, encoder.text, encoder.data.origin.uri
-        if not isinstance(image, VitImage) or isinstance(image, PromptedVit) or isinstance(text, PromptedText):
-            raise InputError(f"video/vifi-prompts needs an open_clip ViT without prompts; {uri} is none")
-        plain: Any = [image.tower.transformer.resblocks]
+    def fits(self, encoder: Encoder) -> None:
+        """``InputError`` with the fix when it doesn't suit the encoder."""
+        text, uri, what = encoder.text, encoder.data.origin.uri, "video/vifi-prompts"
+        plain_tower(encoder, what=what)
+        towers: list[tuple[Any, int, str]] = [(encoder.image, self.image_depth, "image")]
         if self.text_depth:
             if not isinstance(text, ClipText) or not text.trim_exact:
                 raise InputError(f"{uri} has no causal open_clip text tower to put prompts into; set text_depth=0")
@@ -143,18 +142,22 @@ class VifiPromptsGraft(Config):
                     f"text_tokens={self.text_tokens} leave no room for words in {text.context_length} tokens; set "
                     f"text_tokens={text.context_length - 3} or less"
                 )
-            plain.append(text.tower.transformer.resblocks)
-        for blocks, depth, where in zip(plain, (self.image_depth, self.text_depth), ("image", "text"), strict=False):
-            if depth > len(blocks):
+            plain_blocks(text.tower.transformer.resblocks, what=what, uri=uri)
+            towers.append((text, self.text_depth, "text"))
+            self._words(encoder)
+        for tower, depth, where in towers:
+            if depth > (blocks := len(tower.tower.transformer.resblocks)):
                 raise InputError(
-                    f"video/vifi-prompts: {where}_depth={depth} sets don't fit into {len(blocks)} blocks; set "
-                    f"{where}_depth={len(blocks)} or less"
+                    f"{what}: {depth} sets don't fit into {blocks} blocks; set {where}_depth={blocks} or less"
                 )
-            if any(not hasattr(block, part) for block in blocks for part in PARTS):
-                raise InputError(f"video/vifi-prompts needs open_clip's plain residual blocks; {uri} has others")
-        device = next(encoder.parameters()).device
-        words = self._words(encoder) if self.words and self.text_depth else None
+
+    def apply(self, encoder: Encoder) -> Encoder:
+        """Change both towers; all sets are random at first, but for ``words``."""
+        self.fits(encoder)
+        image, text, device = encoder.image, encoder.text, next(encoder.parameters()).device
+        words = self._words(encoder) if self.text_depth else None
         if self.image_depth:
+            assert isinstance(image, VitImage)
             encoder.image = PromptedVit(image, tokens=self.image_tokens, depth=self.image_depth)
         if self.text_depth:
             assert isinstance(text, ClipText)
@@ -164,8 +167,10 @@ class VifiPromptsGraft(Config):
         return encoder.to(device)
 
     @torch.no_grad()
-    def _words(self, encoder: Encoder) -> Tensor:
-        """(n, W) embeddings of ``words``."""
+    def _words(self, encoder: Encoder) -> Tensor | None:
+        """(n, W) embeddings of ``words``; None without any."""
+        if not self.words:
+            return None
         text = encoder.text
         assert isinstance(text, ClipText)
         ids = text.trim(encoder.tokenizer([self.words]))[:, 1:-1]

@@ -7,7 +7,7 @@ from pydantic import Field
 from clipgraft.recipe import StagePlan
 from clipgraft.runner import Run
 from clipgraft_video.config import VideoRunConfig
-from clipgraft_video.grafting import grafted
+from clipgraft_video.grafting import grafted, unfit
 from clipgraft_video.heads import Mean, Pool
 from clipgraft_video.model import VideoModel
 from clipgraft_video.setting import problems_of, stage_of, standardised
@@ -37,7 +37,7 @@ class ViFiClipPrompts:
     def check(self, run: Run) -> list[str]:
         """What can be seen before any work."""
         c = self.config
-        problems = problems_of(run, c)
+        problems = problems_of(run, c) or unfit(run, NAME, c.method)
         if not (c.method.image_depth or c.method.text_depth):
             problems.append(f"{NAME} has nothing to learn; set method.image_depth or method.text_depth above 0")
         return problems
