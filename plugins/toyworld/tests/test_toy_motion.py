@@ -109,3 +109,18 @@ def test_a_stride_takes_every_second_frame_of_the_same_videos() -> None:
     every, second = Videos(split="tune", n=6, frames=8), Videos(split="tune", n=6, frames=4, stride=2)
     assert all(torch.equal(second[k].extra["frames"], every[k].extra["frames"][::2]) for k in range(6))
     assert second.fingerprint != Videos(split="tune", n=6, frames=4).fingerprint
+
+
+def test_either_half_of_the_combinations_shows_every_shape_and_motion() -> None:
+    half = {
+        way: Videos(split="tune", n=200, motions=MOTIONS[::2], combinations=way, label="object-motion")
+        for way in ("even", "odd", "all")
+    }
+    even, odd = set(half["even"].classes), set(half["odd"].classes)
+    assert len(even) == len(odd) == 20 and not even & odd and even | odd == set(half["all"].classes)
+    for source in half.values():
+        assert len({name.split()[0] for name in source.classes}) == 8
+        assert {sample.label for sample in map(source.__getitem__, range(200))} == set(range(len(source.classes)))
+        for k in range(20):
+            assert source[k].captions[0].endswith(source.classes[source[k].label or 0])
+    assert half["even"].fingerprint != half["odd"].fingerprint

@@ -46,18 +46,23 @@ def videos(
     frames: int = FRAMES,
     shapes: Sequence[int] = (),
     motions: Sequence[int] = (),
+    parity: int | None = None,
     calm: bool = False,
 ) -> Videos:
-    """n videos, of the given shapes and motions only; a larger n extends a smaller one, and a choice changes none."""
+    """n videos, of the given shapes and motions only; a larger n extends a smaller one, and a choice changes none.
+
+    ``parity`` 0 or 1: only pairs of a shape and a motion whose places among the given ones add up so, modulo 2.
+    """
     chunk = BLOCK // 4  # frames of a block are rendered together
     parts, found, start = list[Videos](), 0, 0
-    wanted = torch.tensor(list(shapes) or range(len(SHAPES)))
-    moving = torch.tensor(list(motions) or range(len(MOTIONS)))
+    wanted = torch.zeros(len(SHAPES), len(MOTIONS), dtype=torch.bool)
+    for row, shape in enumerate(shapes or range(len(SHAPES))):
+        for column, motion in enumerate(motions or range(len(MOTIONS))):
+            wanted[shape, motion] = parity is None or (row + column) % 2 == parity
     while found < n:
         rng = generator(split, stream="videos", seed=seed, block=start // chunk)
         part = _block(rng, n=chunk, size=size, frames=frames, calm=calm)
-        chosen = torch.isin(part.scene.shape, wanted) & torch.isin(part.label, moving)
-        rows = chosen.nonzero()[: n - found, 0]
+        rows = wanted[part.scene.shape, part.label].nonzero()[: n - found, 0]
         parts.append(Videos(part.frames[rows], part.label[rows], part.scene[rows], rows + start))
         found, start = found + len(rows), start + chunk
     return Videos(

@@ -43,6 +43,9 @@ class VideosConfig(WorldConfig):
         "motion", description="the ten motions, or a shape with a motion, such as moon moving left"
     )
     motions: tuple[str, ...] = Field(MOTIONS, min_length=1, description="motions to show")
+    combinations: Literal["all", "even", "odd"] = Field(
+        "all", description="half of the pairs of a shape and a motion, such that either half shows all of both"
+    )
     calm: bool = Field(
         False, description="what doesn't move stays as in a picture, so that frames tell the kind of motion"
     )
@@ -110,7 +113,8 @@ class Videos:
     """`toyworld/videos`: ten motions; `extra["frames"]` (T, 3, S, S) uint8, `image` is the first frame.
 
     With the label object-motion classes are the `shapes` times the `motions`, in this order. A video's shuffled order
-    depends on its number and the seed alone.
+    depends on its number and the seed alone. Even `combinations` are those whose places among shapes and motions add up
+    to an even number; the others are odd.
     """
 
     def __init__(
@@ -125,6 +129,7 @@ class Videos:
         shapes: Sequence[str] = SHAPES,
         label: Literal["motion", "object-motion"] = "motion",
         motions: Sequence[str] = MOTIONS,
+        combinations: Literal["all", "even", "odd"] = "all",
         calm: bool = False,
         order: Literal["forward", "shuffled"] = "forward",
     ) -> None:
@@ -136,6 +141,7 @@ class Videos:
         chosen = {} if tuple(shapes) == SHAPES else {"shapes": tuple(shapes)}
         chosen |= {} if label == "motion" else {"label": label}
         chosen |= {} if tuple(motions) == MOTIONS else {"motions": tuple(motions)}
+        chosen |= {} if combinations == "all" else {"combinations": combinations}
         chosen |= {"calm": True} if calm else {}
         chosen |= {} if stride == 1 else {"stride": stride}
         chosen |= {} if order == "forward" else {"order": order}
@@ -149,6 +155,7 @@ class Videos:
             frames=(frames - 1) * stride + 1,
             shapes=[SHAPES.index(shape) for shape in shapes],
             motions=[MOTIONS.index(motion) for motion in motions],
+            parity={"all": None, "even": 0, "odd": 1}[combinations],
             calm=calm,
         )
         self._frames = self._data.frames[:, ::stride]
@@ -162,9 +169,13 @@ class Videos:
             self.templates: Sequence[str] = ("a video of an object {}", "object {}", "video of a object {}")
             self._labels = moves.tolist()
         else:
-            self.classes = [f"{shape} {motion}" for shape in shapes for motion in motions]
+            pairs = [(row, column) for row in range(len(shapes)) for column in range(len(motions))]
+            if combinations != "all":
+                pairs = [pair for pair in pairs if sum(pair) % 2 == (combinations == "odd")]
+            self.classes = [f"{shapes[row]} {motions[column]}" for row, column in pairs]
             self.templates = ("a video of a {}", "a {}", "{}")
-            self._labels = (_places(shapes, SHAPES)[self._data.scene.shape] * len(motions) + moves).tolist()
+            rows = _places(shapes, SHAPES)[self._data.scene.shape].tolist()
+            self._labels = [pairs.index(pair) for pair in zip(rows, moves.tolist(), strict=True)]
         self._prefix = f"{split}-{seed}-"
 
     def __len__(self) -> int:
