@@ -191,9 +191,7 @@ def test_deterministic_runs_use_deterministic_kernels_and_leave_torch_as_it_was(
 def test_an_operation_without_a_deterministic_kernel_is_named(world, tmp_path, monkeypatch):
     before = flags()
     with_hook(monkeypatch, lambda: torch.zeros(2).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0])))
-    with pytest.raises(
-        ClipgraftError, match="the operation put_ has no deterministic kernel here"
-    ):
+    with pytest.raises(ClipgraftError, match="the operation put_ has no deterministic kernel here"):
         run_recipe("finetune", overrides=settings(world, deterministic=True), out=tmp_path / "a", registry=REGISTRY)
     assert flags() == before and json.loads((tmp_path / "a/status.json").read_text())["status"] == "failed"
     assert run_recipe("finetune", overrides=settings(world), out=tmp_path / "b", registry=REGISTRY).status == "done"

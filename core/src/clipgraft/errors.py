@@ -36,6 +36,6 @@ def unknown_name(kind: str, name: str, known: Iterable[str], *, hint: str = "") 
     import difflib
 
     choices = sorted(known)
-    close = difflib.get_close_matches(name, choices, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, choices, n=3, cutoff=0.5) if len(name) < 200 else []
     text = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(choices[:12]) or 'none'}."
-    return InputError(f"unknown {kind} {name!r}; {text}{' ' + hint if hint else ''}")
+    return InputError(f"unknown {kind} {name!r:.100}; {text}{' ' + hint if hint else ''}")

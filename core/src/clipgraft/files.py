@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,25 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MANIFEST = "manifest.json"
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON from outside; ``ValueError`` for what is none, also for what is nested too deep."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def check_path(text: str, *, origin: str = "") -> None:
+    """``InputError`` for what no file system takes as a path, so that looking at it later can't fail otherwise."""
+    try:
+        longest = max(len(os.fsencode(part)) for part in re.split(r"[/{},]|::", text))  # shards are named so
+        home = os.path.expanduser(text)
+    except UnicodeEncodeError:
+        longest, home = 0, "~"
+    if longest > 255 or len(text) > 4000 or "\0" in text or home.startswith("~"):
+        raise InputError(f"{origin or 'the path'} {text!r:.80} can't be a path; give one that exists")
 
 
 def sha256_of(path: Path) -> str:
@@ -150,12 +170,12 @@ def _write_manifest(folder: Path) -> None:
 def verify(folder: Path) -> None:
     """Raise when a file of the manifest is missing or damaged."""
     try:
-        entries = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
-    except (OSError, ValueError, KeyError) as error:
+        entries = parse_json((folder / MANIFEST).read_bytes())["files"]
+        expected = {folder / name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ClipgraftError(f"{folder} has no readable {MANIFEST}; it was not written to the end") from error
-    for name, entry in entries.items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"] or sha256_of(path) != entry["sha256"]:
+    for path, (size, sha256) in expected.items():
+        if not path.is_file() or path.stat().st_size != size or sha256_of(path) != sha256:
             raise ClipgraftError(f"{path} is missing or damaged (it does not match {MANIFEST})")
 
 

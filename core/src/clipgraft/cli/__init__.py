@@ -103,6 +103,9 @@ def main(args: list[str] | None = None) -> None:
             _failed("interrupted", code, debug=False)
     except ClipgraftError as error:
         code = _failed(str(error), error.exit_code, debug)
+    except OSError as error:  # a full disk, no permission, a name that is too long
+        place = f"{error.filename}: " if error.filename else ""
+        code = _failed(f"{place}{error.strerror or one_line(error)}", 1, debug)
     except typer.Abort:
         code = _failed("aborted", 1, debug)
     except Exception as error:

@@ -110,7 +110,12 @@ def _problem(cls: type[BaseModel], item: Any, where: str, missing: dict[str, str
         return ""
     if item["type"] in ("value_error", "assertion_error"):
         return f"{key}: {item['msg'].partition(', ')[2]}".removeprefix(": ")
-    plain = {"model_type": "be a mapping", "tuple_type": "be a list", "list_type": "be a list"}
+    plain = {
+        "model_type": "be a mapping",
+        "tuple_type": "be a list",
+        "list_type": "be a list",
+        "invalid_key": "have texts as keys",
+    }
     wanted = plain.get(item["type"], item["msg"].removeprefix("Input should "))
     return f"{key or 'the config'} must {wanted.partition(', unable to')[0]}, got {item['input']!r:.60}"
 

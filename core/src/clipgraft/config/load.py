@@ -24,6 +24,8 @@ from clipgraft.registry import Registered, Registry
 
 M = TypeVar("M", bound=BaseModel)
 Values = dict[str, Any]
+LETTERS, VALUES, DEPTH = 500_000, 20_000, 60
+"""What a YAML text may hold at most, its aliases written out."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -47,13 +49,18 @@ for _tag, _pattern in {
 
 def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
     text = str(loader.construct_scalar(node))
-    return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+    value = int(text, 0) if text[:2] in ("0o", "0x") else int(text) if len(text) < 40 else 2**64
+    if abs(value) >= 2**63:
+        raise yaml.MarkedYAMLError(problem="a whole number of more than 64 bits", problem_mark=node.start_mark)
+    return value
 
 
 def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [key.value for key, _ in node.value]
-    if twice := [key for key, _ in node.value if keys.count(key.value) > 1]:
-        raise yaml.MarkedYAMLError(problem=f"key {twice[0].value!r} is given twice", problem_mark=twice[-1].start_mark)
+    seen = set[str]()
+    for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+        if key.value in seen:
+            raise yaml.MarkedYAMLError(problem=f"key {key.value!r:.80} is given twice", problem_mark=key.start_mark)
+        seen.add(key.value)
     loader.flatten_mapping(node)
     return loader.construct_mapping(node, deep=True)
 
@@ -76,11 +83,43 @@ _Dumper.add_representer(list, _represent_list)
 _Dumper.add_representer(str, _represent_text)
 
 
+def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
+    """How many values a node stands for once its aliases are written out, and how deep; ``YAMLError`` beyond limits.
+
+    Aliases of aliases stand for billions of values in a few lines, and an alias may contain itself.
+    """
+    if id(node) in known:
+        if (found := known[id(node)]) is None:
+            raise yaml.MarkedYAMLError(problem="an alias contains itself", problem_mark=node.start_mark)
+        return found
+    known[id(node)] = None
+    inner: list[Any] = node.value if isinstance(node, yaml.CollectionNode) else []
+    sizes = [_measure(part, known) for item in inner for part in (item if isinstance(item, tuple) else (item,))]
+    size, depth = 1 + sum(size for size, _ in sizes), 1 + max((depth for _, depth in sizes), default=0)
+    if size > VALUES or depth > DEPTH:
+        raise yaml.MarkedYAMLError(
+            problem=f"more than {VALUES} values, or deeper than {DEPTH}", problem_mark=node.start_mark
+        )
+    known[id(node)] = size, depth
+    return size, depth
+
+
 def parse_yaml(text: str, *, origin: str) -> Any:
     """A YAML document as plain values; ``origin`` names it in errors."""
-    loader = _Loader(text)
+    if len(text) > LETTERS:
+        raise InputError(f"{origin}: {len(text)} letters are more than {LETTERS}; a configuration is smaller")
+    loader = None
     try:
-        return loader.get_single_data()
+        loader = _Loader(text)  # looks for forbidden characters
+        if (node := loader.get_single_node()) is None:
+            return None
+        _measure(node, {})
+        return loader.construct_document(node)
+    except RecursionError:
+        raise InputError(f"{origin}: nested deeper than {DEPTH}; write it flatter") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:  # of PyYAML's explicit tags
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"{origin}: a value doesn't fit its type ({reason}); leave !!tags out, shorten it") from None
     except yaml.YAMLError as error:
         mark, parts = (
             getattr(error, "problem_mark", None),
@@ -89,7 +128,8 @@ def parse_yaml(text: str, *, origin: str) -> Any:
         place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise InputError(f"{origin}{place}: {', '.join(filter(None, parts)) or error}") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def read_yaml(path: Path | Traversable) -> Values:
@@ -122,7 +162,7 @@ def assign(values: Values, override: str) -> None:
     """Apply ``a.b=c``; the value is YAML, a number in the path is a list index."""
     key, equals, text = override.partition("=")
     if not equals or not all(path := key.strip().split(".")):
-        raise InputError(f"--set {override!r}: write KEY=VALUE, such as train.steps=100")
+        raise InputError(f"--set {override!r:.100}: write KEY=VALUE, such as train.steps=100")
     value = text if text[:1] in tuple("@`%*&!|>") else parse_yaml(text, origin=f"--set {key}")
     at: Any = values
     for depth, part in enumerate(path):

@@ -19,9 +19,11 @@ def open_source(ref: str, *, registry: Registry | None = None, max_pixels: int =
     ``name:REST?key=value`` is a registered dataset too, whose config has a field ``path``: it gets REST.
     """
     from clipgraft.config.load import parse_yaml
+    from clipgraft.files import check_path
     from clipgraft.registry import current
 
     registry = registry or current()
+    check_path(ref.partition("?")[0].partition(":")[2] or ref.partition("?")[0], origin="data reference")
     scheme, _, rest = ref.partition(":")
     if scheme == "folder":
         from clipgraft.data.folder import open_folder
@@ -45,6 +47,8 @@ def open_source(ref: str, *, registry: Registry | None = None, max_pixels: int =
     if bad := [key for key, equals, _ in pairs if not equals]:
         raise InputError(f"{ref}: {bad[0]!r} has no value; write plugin/name?key=value&key=value")
     settings = path | {key: parse_yaml(value, origin=ref) for key, _, value in pairs}
+    for key in ("path", "images", "root"):
+        check_path(str(settings.get(key, "")), origin=f"{name}: {key}")
     try:
         source: Source | PairSource = registry.build("dataset", name, settings)
     except InputError as error:

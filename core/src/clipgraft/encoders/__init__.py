@@ -22,8 +22,10 @@ def load(uri: str, *, registry: Registry | None = None) -> Encoder:
     recognises is offered to the plugins' ``clipgraft_open``.
     """
     from clipgraft.encoders import openclip
+    from clipgraft.files import check_path
     from clipgraft.registry import current
 
+    check_path(uri, origin="model")
     scheme, _, rest = uri.partition(":")
     if scheme in ("open_clip", "local-dir", "hf-hub", "hf"):
         if not rest:
