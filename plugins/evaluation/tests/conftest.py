@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -77,6 +77,12 @@ def squares(squares_file: Path) -> Iterator[Registry]:
     """The registry in which ``squares/pairs`` is a data reference."""
     with use(Registry.discover(allow=(), files=[squares_file])) as registry:
         yield registry
+
+
+@pytest.fixture(scope="session")
+def new_run() -> Callable[[Path], Path]:
+    """``new_run(path)`` makes a finished run there."""
+    return make_run
 
 
 @pytest.fixture

@@ -48,5 +48,5 @@ def _accuracies(file: Path) -> list[Table]:
         tasks, merges = (list(dict.fromkeys(row[key] for row in own)) for key in ("task", "merged"))
         values = {(row["merged"], row["task"]): 100 * float(row["accuracy"]) for row in own}
         table = tuple((f"after merge {merge}", *(values.get((merge, task), "–") for task in tasks)) for merge in merges)
-        found.append(Table(f"{method}: accuracy per task, per cent", ("", *tasks), table, shaded=True, places=1))
+        found.append(Table(f"{method}: accuracy per task, per cent", ("merged", *tasks), table, shaded=True, places=1))
     return found
