@@ -173,12 +173,16 @@ def clipgraft_reports() -> list[Component]:
 def clipgraft_claims() -> list[Component]:
     """Claims."""
     rows = (
+        ("video-order", "ORDER", "Adapters over frames tell opposite motions apart, a mean of frames can't", M2CLIP),
         (
-            "video-order",
-            "ORDER",
-            "Adapters over frames tell opposite motions apart, the mean over frames can't",
-            M2CLIP,
+            "froster",
+            "FROSTER",
+            "Fine-tuning beside the frozen CLIP keeps pictures and learns what carries over",
+            FROSTER,
         ),
+        ("froster-unseen", "UNSEEN", "It tells unseen combinations better than the same fine-tune alone", FROSTER),
+        ("tempme", "TEMPME", "Nearly half of the operations saved, at a loss of recall below five points", TEMPME),
+        ("tempme-over-fewer-frames", "FRAMES", "Merging is better than every second frame at the same cost", TEMPME),
     )
     return [
         Component(
