@@ -189,7 +189,9 @@ TEMPME = Claim(
 
 FRAMES = Claim(
     name="tempme-over-fewer-frames",
-    statement="Merging the tokens of eight frames is better than every second frame without merging, at about the same cost.",
+    statement=(
+        "Merging the tokens of eight frames is better than every second frame without merging, at about the same cost."
+    ),
     paper=TEMPME_PAPER,
     bases=BASES,
     method=MERGING,
