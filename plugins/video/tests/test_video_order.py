@@ -112,8 +112,9 @@ def test_orders_of_frames() -> None:
 
 def test_opposites_are_pairs_of_classes() -> None:
     assert opposite_places(PAIRS, ["opening", "still", "closing"]).tolist() == [2, -1, 0]
-    with pytest.raises(InputError, match="openin"):
-        opposite_places((("openin", "closing"),), ["opening", "closing"])
+    for wrong in (("openin", "closing"), ("closing", "openin")):
+        with pytest.raises(InputError, match="openin"):
+            opposite_places((wrong,), ["opening", "closing"])
     with pytest.raises(InputError, match="write every pair once"):
         opposite_places((*PAIRS, *PAIRS), ["opening", "closing"])
     with pytest.raises(InputError, match="another class"):

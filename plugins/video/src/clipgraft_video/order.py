@@ -50,10 +50,10 @@ class InOrder(Clips):
 def opposite_places(opposites: tuple[tuple[str, str], ...], classes: list[str]) -> Tensor:
     """(K,) number of each class's opposite, -1 where it has none."""
     places = torch.full((len(classes),), -1)
+    if unknown := [name for pair in opposites for name in pair if name not in classes]:
+        raise unknown_name("class", unknown[0], classes)
     for pair in opposites:
         for name, other in (pair, pair[::-1]):
-            if name not in classes:
-                raise unknown_name("class", name, classes)
             if name == other or places[classes.index(name)] >= 0:
                 raise InputError(f"opposites: {name!r} needs one opposite, another class; write every pair once")
             places[classes.index(name)] = classes.index(other)
