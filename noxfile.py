@@ -62,8 +62,20 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def slow(session: nox.Session) -> None:
-    """The slow tests."""
-    pytest(session, shared(session), "-m", "slow")
+    """The slow tests, but for those in a browser and of many processes."""
+    pytest(session, shared(session), "-m", "slow and not browser and not distributed")
+
+
+@nox.session(venv_backend="none")
+def distributed(session: nox.Session) -> None:
+    """Every recipe in two and three processes, whole and sharded, against one; a state of two ranks in four."""
+    pytest(session, shared(session), "core/tests", "tests", "-m", "distributed")
+
+
+@nox.session(venv_backend="none")
+def browser(session: nox.Session) -> None:
+    """Reports in a headless Chromium: CLIPGRAFT_CHROMIUM or one on the PATH; without one this fails."""
+    pytest(session, shared(session), "tests", "-m", "browser", CLIPGRAFT_BROWSER="required")
 
 
 def alone(session: nox.Session, *members: str) -> str:

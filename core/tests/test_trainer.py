@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from clipgraft import files
-from clipgraft.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
+from clipgraft.config.schema import DataConfig, DistributedConfig, ModelConfig, RunConfig, TrainConfig
 from clipgraft.data.base import Sample
 from clipgraft.errors import ClipgraftError, InputError, Interrupted, NonFiniteLossError
 from clipgraft.finetune import FinetuneStage
@@ -154,7 +154,7 @@ def test_a_damaged_state_is_passed_over(tmp_path):
 
 
 def test_another_number_of_processes_is_refused(tmp_path):
-    """A rank's random state belongs to that rank: fewer processes would silently draw other numbers."""
+    """A rank's random state belongs to that rank: fewer processes draw other numbers, which the config must allow."""
     with pytest.raises(Interrupted):
         fit(tmp_path, 4, StopAt(2))
     state = tmp_path / "stages/00-probe/state/step-00000002"
@@ -167,6 +167,14 @@ def test_another_number_of_processes_is_refused(tmp_path):
     (tmp_path / "two").rename(state)
     with pytest.raises(InputError, match=r"by 2 processes and 1 came up; resume with torchrun --nproc_per_node 2"):
         fit(tmp_path, 4)
+    run, config = make_run(tmp_path), TrainConfig(steps=4, **CONFIG)
+    run.config = run.config.model_copy(update={"distributed": DistributedConfig(processes=1)})
+    torch.manual_seed(1)
+    Trainer(config).fit(run, Probe(config))
+    whole = fit(tmp_path / "whole", 4)
+    found, expected = rows(tmp_path), rows(tmp_path / "whole")
+    assert whole and found[:2] == expected[:2] and len(found) == 4 and found[2]["lr"] == expected[2]["lr"]
+    assert found[3]["loss"] != expected[3]["loss"], "other dropout, as was said"
 
 
 def test_a_non_finite_loss_stops_before_the_update(tmp_path):

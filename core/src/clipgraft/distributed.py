@@ -17,7 +17,7 @@ from clipgraft.errors import InputError
 
 def make_accelerator(precision: str, *, trackers: tuple[str, ...] = (), folder: Path | None = None) -> Accelerator:
     """An ``Accelerator`` for this process. Refuses to run as fewer processes than the launcher asked for."""
-    import os
+    from clipgraft import launching
 
     if trackers:
         from accelerate.utils import is_mlflow_available, is_tensorboard_available, is_wandb_available
@@ -27,13 +27,14 @@ def make_accelerator(precision: str, *, trackers: tuple[str, ...] = (), folder: 
             if not present[name]():
                 raise InputError(f"trackers: {name} is not installed; pip install {name}, or remove it from trackers")
     AcceleratorState._reset_state()  # another run of this process may have another precision; the process group stays
-    accelerator = Accelerator(
-        mixed_precision={"fp32": "no"}.get(precision, precision),
-        cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
-        log_with=list(trackers) or None,
-        project_dir=folder,
-    )
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    with launching.hidden_from_accelerate():
+        accelerator = Accelerator(
+            mixed_precision={"fp32": "no"}.get(precision, precision),
+            cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
+            log_with=list(trackers) or None,
+            project_dir=folder,
+        )
+    asked = launching.asked_of_launcher()
     if accelerator.num_processes != asked:
         raise InputError(
             f"the launcher asked for {asked} processes but {accelerator.num_processes} came up; use torchrun "
@@ -122,8 +123,3 @@ def mean_over_ranks(values: Mapping[str, Tensor]) -> dict[str, float]:
         dist.all_reduce(stacked)
         stacked /= world_size()
     return dict(zip(values, stacked.tolist(), strict=True))
-
-
-def whole_tensor(x: Tensor) -> Tensor:
-    """A tensor that is sharded over ranks, whole on each of them; all ranks take part. Any other as it is."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x  # type: ignore[no-any-return]

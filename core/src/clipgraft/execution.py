@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from clipgraft import distributed, environment, files, retention
+from clipgraft import distributed, environment, files, launching, retention
 from clipgraft.errors import InputError, Interrupted
 from clipgraft.log import RunLog
 from clipgraft.recipe import Recipe, StagePlan
@@ -104,9 +104,12 @@ def run_recipe(
     if dry_run:
         for line in told:
             run.log.info(f"otherwise than in {other}: {line}")
+        if run.layout != launching.Layout():
+            run.log.info(f"would need {run.layout}")
         for stage in plan_maker.plan():
             run.log.info(f"would run stage {stage.name}{stage.about and f' ({stage.about})'}")
         return Result(path, None, "dry-run", 0, {}, 0.0)
+    launching.refuse_fewer(run.layout)
     _prepare_folder(run, resuming=resume is not None)
     if other is not None and run.is_main:
         files.write_json(run.path / environment.REPEAT, {"of": str(other.resolve()), "differences": told})

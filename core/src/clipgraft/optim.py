@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from clipgraft.config.schema import TrainConfig
 from clipgraft.errors import ClipgraftError
+from clipgraft.sharding import local
 from clipgraft.stage import TrainStage
 
 _BLOCK = re.compile(r"^(?P<tower>.*?)\.(?:resblocks|blocks|layers|layer)\.(?P<index>\d+)\.")
@@ -86,8 +87,8 @@ class Average:
     @torch.no_grad()
     def update(self) -> None:
         """shadow <- decay * shadow + (1 - decay) * live."""
-        live: list[Tensor] = [*self.live.values()]
-        torch._foreach_lerp_([*self.shadow.values()], live, 1 - self.decay)
+        live: list[Tensor] = [local(p) for p in self.live.values()]
+        torch._foreach_lerp_([local(x) for x in self.shadow.values()], live, 1 - self.decay)
 
     @torch.no_grad()
     def swap(self) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file
 
-from clipgraft import distributed, files
+from clipgraft import distributed, files, launching
 from clipgraft.config.schema import EvaluatorRef, RunConfig
 from clipgraft.data.loader import TrainLoader
 from clipgraft.data.sampling import plan
@@ -58,7 +58,7 @@ class Run:
             self.accelerator.device,
             self.config.seed,
         )
-        self.log.is_main = self.is_main
+        self.log.is_main, self.layout = self.is_main, launching.layout(self.config)
 
     # -- what stages ask for -------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ from torch import Tensor
 from clipgraft import distributed, files
 from clipgraft.errors import ClipgraftError, InputError
 from clipgraft.optim import Average
+from clipgraft.sharding import FOLDER, read_shards, stored_shapes, write_shards
 from clipgraft.stage import TrainStage
+
+PARTS = ("stage", "optimizer", "average")
 
 
 def rng_state() -> dict[str, Tensor]:
@@ -41,28 +45,35 @@ def set_rng_state(state: dict[str, Tensor]) -> None:
 
 @dataclass(slots=True)
 class TrainState:
-    """Everything that the next step depends on. ``scaler`` is Accelerate's, for fp16."""
+    """Everything that the next step depends on. ``scaler`` is Accelerate's, for fp16.
+
+    ``sharded``: tensors are split over the ranks, each of which writes its own; as many as come up read them.
+    """
 
     folder: Path
     stage: TrainStage
     optimizer: torch.optim.Optimizer
     average: Average | None
     scaler: Any = None
+    sharded: bool = False
 
     def save(self, step: int, *, keep: int, extra: dict[str, Any]) -> Path:
         """Write ``step-<n>``; all ranks take part, each with its own random state. Older states beyond ``keep`` go."""
-        path = self.folder / f"step-{step:08d}"
-        generators = distributed.to_main(rng_state())
-        if distributed.rank() == 0:
-            with files.whole_folder(path) as new:
+        path, main = self.folder / f"step-{step:08d}", distributed.rank() == 0
+        generators, tensors = distributed.to_main(rng_state()), self._tensors()
+        with files.whole_folder(path) if main else nullcontext(path) as draft:
+            if self.sharded:
+                shared = distributed.to_all(draft)[0]
+                write_shards(shared, {f"{part}.{k}": x for part, found in tensors.items() for k, x in found.items()})
+            if main:
                 for rank, generator in enumerate(generators):
-                    files.write_tensors(new / f"rng-{rank}.safetensors", generator)
-                files.write_tensors(new / "stage.safetensors", _untied(self.stage.trained_state()))
-                self._write_optimizer(new)
-                if self.average is not None:
-                    files.write_tensors(new / "average.safetensors", self.average.shadow)
+                    files.write_tensors(draft / f"rng-{rank}.safetensors", generator)
+                for part, found in {} if self.sharded else tensors.items():
+                    files.write_tensors(draft / f"{part}.safetensors", found)
+                files.write_json(draft / "optimizer.json", self._plain())
                 scaler = self.scaler.state_dict() if self.scaler is not None else None
-                files.write_json(new / "meta.json", {"step": step, "scaler": scaler, **extra})
+                files.write_json(draft / "meta.json", {"step": step, "scaler": scaler, **extra})
+        if main:
             for old in self.saved()[:-keep]:
                 shutil.rmtree(old, ignore_errors=True)
         distributed.barrier()
@@ -83,45 +94,63 @@ class TrainState:
                 return {**json.loads((path / "meta.json").read_text("utf-8")), "path": str(path)}
         return None
 
-    def restore_rng(self, path: Path) -> None:
-        """This rank's generators as they were when ``path`` was saved."""
-        count, world = len(list(path.glob("rng-*.safetensors"))), distributed.world_size()
-        if count != world:
-            raise InputError(
-                f"{path} was saved by {count} process{'es' * (count > 1)} and {world} came up; resume with torchrun "
-                f"--nproc_per_node {count}, since each has a random state of its own"
-            )
-        set_rng_state(load_file(path / f"rng-{distributed.rank()}.safetensors"))
+    def restore_rng(self, path: Path) -> int:
+        """This rank's generators as they were when ``path`` was saved by as many ranks; by how many it was."""
+        count = len(list(path.glob("rng-*.safetensors")))
+        if count == distributed.world_size():
+            set_rng_state(load_file(path / f"rng-{distributed.rank()}.safetensors"))
+        return count
 
-    def _write_optimizer(self, folder: Path) -> None:
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """By part: the stage's, the optimizer's as <parameter's place>.<name>, the averaged ones."""
+        entries = self.optimizer.state_dict()["state"].items()
+        moments = {f"{i}.{k}": x for i, entry in entries for k, x in entry.items() if isinstance(x, Tensor)}
+        found = {"stage": _untied(self.stage.trained_state()), "optimizer": moments}
+        return found if self.average is None else found | {"average": self.average.shadow}
+
+    def _plain(self) -> dict[str, Any]:
+        """What the optimizer knows beside tensors."""
         state = self.optimizer.state_dict()
-        tensors, plain = {}, {}
-        for index, entry in state["state"].items():
-            for key, value in entry.items():
-                if isinstance(value, Tensor):
-                    tensors[f"{index}.{key}"] = value
-                else:
-                    plain[f"{index}.{key}"] = value
-        files.write_tensors(folder / "optimizer.safetensors", tensors)
-        files.write_json(folder / "optimizer.json", {"plain": plain, "param_groups": state["param_groups"]})
+        entries = [(f"{i}.{k}", x) for i, entry in state["state"].items() for k, x in entry.items()]
+        plain = {name: x for name, x in entries if not isinstance(x, Tensor)}
+        return {"plain": plain, "param_groups": state["param_groups"]}
+
+    def _stored(self, path: Path) -> dict[str, dict[str, Tensor]]:
+        """As ``_tensors``, from ``path``; sharded ones split as they are now."""
+        if self.sharded != (path / FOLDER).exists():
+            was = "whole" if self.sharded else "split"
+            raise InputError(f"{path} holds {was} weights; set distributed.shard as it was, or start more processes")
+        if not self.sharded:
+            return {part: load_file(file) for part in PARTS if (file := path / f"{part}.safetensors").exists()}
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        own = self._tensors()
+        found: dict[str, dict[str, Tensor]] = {part: {} for part in own}
+        for key, (size, dtype) in stored_shapes(path).items():
+            part, _, name = key.partition(".")
+            like = params[int(name.partition(".")[0])] if part == "optimizer" else own[part].get(name)
+            if like is not None and like.shape == size:
+                found[part][name] = torch.empty_like(like, dtype=dtype)
+            else:
+                found[part][name] = torch.empty(size, dtype=dtype)
+        read_shards(path, {f"{part}.{name}": x for part, tensors in found.items() for name, x in tensors.items()})
+        return found
 
     def _read(self, path: Path) -> None:
-        own = self.stage.trained_state()
-        stored = load_file(path / "stage.safetensors")
-        if set(stored) != set(_untied(own)):
-            odd = sorted(set(stored) ^ set(own))[:3]
+        own, stored = self.stage.trained_state(), self._stored(path)
+        if set(stored["stage"]) != set(_untied(own)):
+            odd = sorted(set(stored["stage"]) ^ set(own))[:3]
             raise ClipgraftError(f"{path} belongs to another configuration (differs in {', '.join(odd)})")
         with torch.no_grad():
-            for key, value in stored.items():
+            for key, value in stored["stage"].items():
                 own[key].copy_(value)
         described = json.loads((path / "optimizer.json").read_text("utf-8"))
         state: dict[int, dict[str, Any]] = {}
-        for key, value in {**load_file(path / "optimizer.safetensors"), **described["plain"]}.items():
+        for key, value in {**stored["optimizer"], **described["plain"]}.items():
             index, _, name = key.partition(".")
             state.setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict({"state": state, "param_groups": described["param_groups"]})
         if self.average is not None:
-            for key, value in load_file(path / "average.safetensors").items():
+            for key, value in stored["average"].items():
                 self.average.shadow[key].copy_(value)
         meta = json.loads((path / "meta.json").read_text("utf-8"))
         if self.scaler is not None and meta["scaler"] is not None:

@@ -21,11 +21,14 @@ from clipgraft.config.schema import TrainConfig
 from clipgraft.errors import ClipgraftError, InputError, Interrupted, NonFiniteLossError
 from clipgraft.log import MetricsFile
 from clipgraft.optim import Average, build_optimizer, learning_rate, set_learning_rate
+from clipgraft.sharding import Shards, clip_norm
 from clipgraft.stage import ContrastiveStage, StageResult, TrainStage
 from clipgraft.state import TrainState, rng_state, set_rng_state
 from clipgraft.types import Batch, StepOutput, widened
 
 if TYPE_CHECKING:
+    from accelerate.optimizer import AcceleratedOptimizer
+
     from clipgraft.runner import Run
 
 
@@ -41,8 +44,16 @@ class Step(nn.Module):
         batch: Batch,
         feature_grads: tuple[Tensor, ...] | None = None,
         scalar_grads: tuple[tuple[nn.Parameter, Tensor], ...] = (),
-    ) -> StepOutput:
-        """The stage's output; or the surrogate sum(feature * gradient) whose gradient is this chunk's share."""
+        *,
+        encode: bool = False,
+    ) -> StepOutput | tuple[Tensor, ...]:
+        """The stage's output; or the surrogate sum(feature * gradient) whose gradient is this chunk's share.
+
+        ``encode``: the chunk's features alone, through the wrapper, without which sharded weights aren't there.
+        """
+        if encode:
+            assert isinstance(self.stage, ContrastiveStage)
+            return self.stage.encode(batch)
         if feature_grads is None:
             return self.stage(batch)  # type: ignore[no-any-return]
         assert isinstance(self.stage, ContrastiveStage)
@@ -65,20 +76,19 @@ class Trainer:
         self._check(stage)
         loader = run.train_loader(stage)
         stage.to(run.device)
-        average = Average(stage, cfg.ema) if cfg.ema else None
         optimizer = build_optimizer(stage, cfg)
-        wrapped, prepared = accelerator.prepare(Step(stage), optimizer)
-        state = TrainState(folder / "state", stage, optimizer, average, accelerator.scaler)
+        wrapped, prepared, shards = self._wrapped(run, Step(stage), optimizer)
+        average = Average(stage, cfg.ema) if cfg.ema else None
+        state = TrainState(folder / "state", stage, optimizer, average, accelerator.scaler, shards is not None)
         found = state.load_newest()
         start = found["step"] if found else 0
-        loader.load_state_dict(found["loaders"][distributed.rank()] if found else {})
+        loader.load_state_dict(dict(enumerate(found["loaders"])).get(distributed.rank(), {}) if found else {})
         run.load_hooks(stage, found["hooks"] if found else {})
         metrics = MetricsFile(folder / "metrics.jsonl", is_main=run.is_main, after_step=start)
         batches = loader.iterate(start)
         run.seed_stage(stage.name, per_rank=True)
         if found:
-            state.restore_rng(Path(found["path"]))
-            run.log.info(f"{stage.name}: resumed after step {start}")
+            self._restore_rng(run, stage, state, found)
 
         def save(step: int) -> None:
             extra = {"loaders": distributed.to_main(loader.state_dict()), "hooks": run.save_hooks(stage)}
@@ -92,6 +102,7 @@ class Trainer:
                 held = rng_state()
                 run.hooks.call("before_step", run=run, stage=stage, step=step, batch=batch)
                 output = self._forward_backward(run, wrapped, batch)
+                shards.reduce_single() if shards else None
                 if step == start:
                     self._refuse_dead_parameters(stage)
                 accelerator.unscale_gradients(prepared) if accelerator.scaler else None
@@ -115,7 +126,7 @@ class Trainer:
                     bar.advance(0, note=f"loss {row['loss']:.4f}")
                 bar.advance()
                 if cfg.evaluate_every and done % cfg.evaluate_every == 0 and done < cfg.steps:
-                    self._evaluate(run, stage, average, done)
+                    self._evaluate(run, stage, average, done, shards)
                 if (cfg.save_every and done % cfg.save_every == 0) or stop:
                     save(done)
                     saved = done
@@ -125,8 +136,38 @@ class Trainer:
         if loader.bad.count:
             run.log.info(f"{stage.name}: {loader.bad}")
         average.swap() if average else None
+        shards.end() if shards else None
         stage.eval()
         return StageResult(stage.current_encoder(), stage.components(), stage.final_metrics())
+
+    @staticmethod
+    def _wrapped(
+        run: Run, step: Step, optimizer: torch.optim.Optimizer
+    ) -> tuple[nn.Module, AcceleratedOptimizer, Shards | None]:
+        """The step behind DDP with the optimizer behind Accelerate's; or both on shards of the weights."""
+        if not run.layout.shard or distributed.world_size() == 1:
+            return (*run.accelerator.prepare(step, optimizer), None)
+        shards = Shards(step, device=run.device, reshard=run.layout.reshard)
+        shards.adopt(optimizer)
+        wrapped = run.accelerator.prepare_model(step, device_placement=False, evaluation_mode=True)  # autocast alone
+        return wrapped, run.accelerator.prepare_optimizer(optimizer, device_placement=False), shards
+
+    @staticmethod
+    def _restore_rng(run: Run, stage: TrainStage, state: TrainState, found: dict[str, Any]) -> None:
+        """This rank's random state; a new one when another number of processes saved it."""
+        start, saved, world = found["step"], state.restore_rng(Path(found["path"])), distributed.world_size()
+        if saved != world and run.config.distributed.processes != world:
+            raise InputError(
+                f"{found['path']} was saved by {saved} process{'es' * (saved > 1)} and {world} came up; resume with "
+                f"torchrun --nproc_per_node {saved}, since each has a random state of its own; or write processes: "
+                f"{world} below distributed in {run.path / 'config.yaml'}, to go on with other dropout and noise"
+            )
+        run.log.info(f"{stage.name}: resumed after step {start}")
+        if saved != world:
+            run.seed_stage(f"{stage.name}/{start}", per_rank=True)
+            run.log.info(
+                f"{stage.name}: of {saved} processes, now {world}: the same batches, but other dropout and noise"
+            )
 
     def _check(self, stage: TrainStage) -> None:
         cfg, world = self.config, distributed.world_size()
@@ -179,7 +220,8 @@ class Trainer:
         with torch.no_grad(), run.accelerator.autocast():
             for part in parts:
                 states.append(rng_state())
-                cached.append(tuple(widened(f) for f in stage.encode(part)))
+                features = wrapped(part, encode=True) if run.layout.shard else stage.encode(part)
+                cached.append(tuple(widened(f) for f in features))
         after = rng_state()
         leaves = tuple(torch.cat(column).requires_grad_() for column in zip(*cached, strict=True))
         scalars = [p for p in stage.parameters() if p.requires_grad and p.numel() == 1]
@@ -204,6 +246,8 @@ class Trainer:
         params = [p for p in stage.parameters() if p.requires_grad]
         if self.config.clip_norm is None:
             return None
+        if any(hasattr(p, "to_local") for p in params):
+            return clip_norm([p.grad for p in params if p.grad is not None], limit=self.config.clip_norm)
         norm: Tensor = run.accelerator.clip_grad_norm_(params, self.config.clip_norm)
         return norm
 
@@ -231,11 +275,12 @@ class Trainer:
         }
 
     @staticmethod
-    def _evaluate(run: Run, stage: TrainStage, average: Average | None, step: int) -> None:
+    def _evaluate(run: Run, stage: TrainStage, average: Average | None, step: int, shards: Shards | None) -> None:
         held = rng_state()
         average.swap() if average else None
         stage.eval()
-        run.evaluate_during(stage, step)
+        with shards.whole() if shards else nullcontext():
+            run.evaluate_during(stage, step)
         stage.train()
         average.swap() if average else None
         set_rng_state(held)

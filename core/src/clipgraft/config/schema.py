@@ -152,6 +152,14 @@ class EvaluateConfig(Config):
     )
 
 
+class DistributedConfig(Config):
+    """Several processes. They come from torchrun; these settings say what is expected of them."""
+
+    processes: int | None = Field(None, gt=0, description="refuse to run as another number of processes; null: any")
+    shard: bool = Field(False, description="split weights, gradients and optimizer state over the processes (FSDP2)")
+    file: str | None = Field(None, description="Accelerate's configuration file: the number of processes, and FSDP2")
+
+
 class CardConfig(Config):
     """What the model card says and no run can know."""
 
@@ -177,3 +185,4 @@ class RunConfig(Config):
     seed: int = Field(0, ge=0, description="of everything that is drawn")
     deterministic: bool = Field(False, description="only kernels that give the same bits every time; may be slower")
     threads: int | None = Field(None, gt=0, description="CPU threads of this process; null leaves them")
+    distributed: DistributedConfig = DistributedConfig()

@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from clipgraft import distributed, execution, trainer
 from clipgraft.runner import Run
+from clipgraft.sharding import whole_tensor
 from clipgraft.stage import StageResult, TrainStage
 
 
@@ -49,7 +50,7 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class Worst:
-    """The largest relative error of the gradients, and of the weights relative to how far they moved; where it is."""
+    """The largest relative error of the gradients, and where; of the weights, relative to how far they moved."""
 
     gradients: float
     weights: float
@@ -123,7 +124,7 @@ def _watched(traces: dict[str, Trace], *, rows: Sequence[int]) -> Iterator[None]
         trace = traces[stage.name]
         if not trace.gradients:
             named = [(n, p.grad) for n, p in stage.named_parameters() if p.grad is not None]
-            trace.gradients = {name: distributed.whole_tensor(g).detach().cpu().clone() for name, g in named}
+            trace.gradients = {name: whole_tensor(g).detach().cpu().clone() for name, g in named}
         return clip(self, run, stage)
 
     def same_seed(self: Run, name: str, *, per_rank: bool = False) -> None:
@@ -166,6 +167,6 @@ def worst(one: Mapping[str, Trace], many: Mapping[str, Trace]) -> Worst:
             gradients, where = (found, f"{stage}: gradient of {name}") if found > gradients else (gradients, where)
         for name, x in a.after.items():
             error = float((b.after[name].double() - x.double()).norm())
-            found = error / max(moved[name], 1e-3 * far, 1e-30)
+            found = error / max(moved[name], 1e-3 * far, 1e-4 * float(x.double().norm()), 1e-30)  # fp32 rounds
             weights = max(weights, found)
     return Worst(gradients, weights, where)

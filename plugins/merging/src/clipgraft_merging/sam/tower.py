@@ -39,6 +39,8 @@ class SamTower(nn.Module):
     again in the backward pass instead of keeping what it computed.
     """
 
+    reaches_into_blocks = True
+
     def __init__(
         self, encoder: Any, *, attention: Literal["lean", "reference"] = "lean", recompute: bool = False
     ) -> None:
