@@ -78,6 +78,13 @@ def browser(session: nox.Session) -> None:
     pytest(session, shared(session), "tests", "-m", "browser", CLIPGRAFT_BROWSER="required")
 
 
+@nox.session(venv_backend="none")
+def fuzz(session: nox.Session) -> None:
+    """Bad input by the thousands: ``nox -s fuzz -- tests/fuzz/test_fuzz_images.py`` tries one kind."""
+    chosen = [] if any(not arg.startswith("-") for arg in session.posargs) else ["tests/fuzz"]
+    pytest(session, shared(session), *chosen, "-m", "fuzz", CLIPGRAFT_FUZZ="thorough")
+
+
 def alone(session: nox.Session, *members: str) -> str:
     """An environment with wheels of ``members`` and what they declare, nothing else: undeclared imports fail here."""
     folder, wheels = ROOT / ".nox" / "alone", Path(session.create_tmp()) / "wheels"

@@ -33,7 +33,7 @@ def clips(n: int = 2, frames: int = 4) -> torch.Tensor:
 @torch.no_grad()
 def test_the_last_moment_is_the_whole_video_and_the_first_a_still() -> None:
     video, texts, clip = model(), torch.randn(3, 64), clips(1)[0]
-    moments, scores = over_time(video, clip, texts)
+    moments, scores = over_time(video, clip, lambda seen: video.logits(seen, texts).softmax(-1))
     assert moments == [0, 1, 2, 3] and torch.allclose(scores.sum(-1), torch.ones(4))
     still = clip[[0, 0, 0, 0]]
     for row, frames in ((scores[-1], clip), (scores[0], still)):
@@ -42,7 +42,7 @@ def test_the_last_moment_is_the_whole_video_and_the_first_a_still() -> None:
 
 
 def test_long_videos_are_shown_at_eight_moments_the_end_among_them() -> None:
-    moments, scores = over_time(model(20), clips(1, 20)[0], torch.randn(3, 64))
+    moments, scores = over_time(model(20), clips(1, 20)[0], lambda video: video.unit())
     assert len(moments) == len(scores) == MOMENTS and moments[-1] == 19 and moments == sorted(set(moments))
 
 

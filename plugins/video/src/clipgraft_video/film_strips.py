@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from clipgraft.errors import ClipgraftError
 from clipgraft.reporting import Figure, Picture, Section, encoded
 from clipgraft_video.evaluate import class_texts, prompts_of
 from clipgraft_video.evaluator import videos_of
-from clipgraft_video.heads import Mean
+from clipgraft_video.heads import Mean, VideoFeatures
 from clipgraft_video.model import VideoModel, open_video_model
 from clipgraft_video.reading import Clips
 
@@ -63,8 +63,8 @@ def _classes(run: RunRecord, evaluator: str, source: Source, model: VideoModel) 
     texts = class_texts(model, prompts_of(source, tuple(run.node(evaluator).get("templates") or ())))
     for sample in videos(source, chosen(before, after, most=STRIPS), list(after)):
         label, pictures = int(sample.label or 0), list[Picture]()
-        moments, scores = over_time(model, sample.image, texts)
-        for t, row in zip(moments, scores, strict=True):
+        moments, rows = over_time(model, sample.image, lambda video: model.logits(video, texts).softmax(-1))
+        for t, row in zip(moments, rows, strict=True):
             best = int(row.argmax())
             told = f"{names[best]} {float(row[best]):.2f}".replace(" 0.", " .")
             pictures.append(_frame(sample, t, f"; the model says {told}", told, right=best == label))
@@ -90,10 +90,10 @@ def _captions(run: RunRecord, evaluator: str, source: Source, model: VideoModel)
         captions = list(dict.fromkeys((*sample.captions, *others)))
         own = len(dict.fromkeys(sample.captions))
         with torch.no_grad():
-            texts = model.texts(captions, raw=model.pooling.raw_texts)
-        moments, scores = over_time(model, sample.image, texts)
+            texts = model.texts(captions)
+        moments, rows = over_time(model, sample.image, lambda video: video.unit() @ texts.T)  # as it is measured
         pictures = []
-        for t, row in zip(moments, scores, strict=True):
+        for t, row in zip(moments, rows, strict=True):
             rank = 1 + int((row[own:] >= row[:own].max()).sum())
             told = f"rank {rank} of {len(captions)}"
             pictures.append(_frame(sample, t, f"; its caption has {told}", told, right=rank == 1))
@@ -117,14 +117,14 @@ def _frame(sample: Sample, t: int, more: str, caption: str, *, right: bool) -> P
 
 
 @torch.no_grad()
-def over_time(model: VideoModel, clip: Any, texts: Tensor) -> tuple[list[int], Tensor]:
-    """Moments of a clip (T, 3, S, S), the last one its end, and the probabilities (M, K) for ``texts`` (K, D) then."""
+def over_time(model: VideoModel, clip: Any, score: Callable[[VideoFeatures], Tensor]) -> tuple[list[int], Tensor]:
+    """Moments of a clip (T, 3, S, S), the last one its end, and then the scores (M, K) of what was seen so far."""
     frames = len(clip)
     count = min(frames, MOMENTS)
     moments = [round((k + 1) * frames / count) - 1 for k in range(count)]
     held = torch.stack([clip[[min(s, t) for s in range(frames)]] for t in moments])
     device = next(model.parameters()).device
-    rows = [model.logits(model(part.to(device)), texts).softmax(-1) for part in torch.split(held, AT_ONCE)]
+    rows = [score(model(part.to(device))) for part in torch.split(held, AT_ONCE)]
     return moments, torch.cat(rows).float().cpu()
 
 
