@@ -29,7 +29,7 @@ CONTRAST = """(() => {
   const over = (a, b) => [0, 1, 2].map(k => a[k] * a[3] + b[k] * (1 - a[3])).concat(1);
   const linear = v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
   const light = c => .2126 * linear(c[0] / 255) + .7152 * linear(c[1] / 255) + .0722 * linear(c[2] / 255);
-  const line = e => { const found = []; for (let n = e; n; n = n.parentElement) found.push(getComputedStyle(n)); return found; };
+  const line = e => e ? [getComputedStyle(e), ...line(e.parentElement)] : [];
   const ground = e => line(e).reverse().reduce((under, s) => over(parse(s.backgroundColor), under), [255, 255, 255, 1]);
   const bad = [];
   let seen = 0;

@@ -11,7 +11,7 @@ import pytest
 
 from clipgraft.errors import ClipgraftError, InputError
 from clipgraft.registry import Registry
-from clipgraft.reporting import Figure, Picture, Section, Table
+from clipgraft.reporting import Figure, Picture, Section, Table, encoded
 from clipgraft.rundir import read_run
 
 PNG, JPEG = b"\x89PNG\r\n\x1a\n....", b"\xff\xd8\xff...."
@@ -87,3 +87,16 @@ def test_a_run_is_read_with_what_was_measured_on_what(tmp_path: Path) -> None:
     assert run.node("core/pairs") == {} and run.recipe == "" and run.export is None
     with pytest.raises(InputError, match=r"no run directory \(it has no config.yaml\)"):
         read_run(tmp_path / "absent")
+
+
+def test_pictures_of_a_source_become_bytes_small_ones_exactly() -> None:
+    import io
+
+    import torch
+    from PIL import Image
+
+    pixels = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8)
+    small = Image.open(io.BytesIO(encoded(pixels)))
+    assert small.format == "PNG" and list(small.getdata()) == [tuple(p) for p in pixels.flatten(1).T.tolist()]
+    large = Image.open(io.BytesIO(encoded(Image.new("L", (400, 200)), side=100)))
+    assert large.format == "JPEG" and large.size == (100, 50) and large.mode == "RGB"

@@ -112,8 +112,10 @@ def encoded(pixels: Pixels, *, side: int = SIDE) -> bytes:
 
     from clipgraft.data.images import as_rgb
 
-    is_tensor = isinstance(pixels, Tensor)
-    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()) if is_tensor else as_rgb(pixels)
+    if isinstance(pixels, Tensor):
+        image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    else:
+        image = as_rgb(pixels)
     buffer = io.BytesIO()
     if max(image.size) <= SMALL:
         image.save(buffer, "PNG", optimize=True)

@@ -91,7 +91,7 @@ def _captions(run: RunRecord, evaluator: str, source: Source, model: VideoModel)
         own = len(dict.fromkeys(sample.captions))
         with torch.no_grad():
             texts = model.texts(captions)
-        moments, rows = over_time(model, sample.image, lambda video: video.unit() @ texts.T)  # as it is measured
+        moments, rows = over_time(model, sample.image, lambda video, texts=texts: video.unit() @ texts.T)
         pictures = []
         for t, row in zip(moments, rows, strict=True):
             rank = 1 + int((row[own:] >= row[:own].max()).sum())
