@@ -115,6 +115,30 @@ def test_there_and_back_through_transformers_is_exact(tmp_path, registry, kind):
     assert (tmp_path / "hf/config.json").read_bytes() == (tmp_path / "again/config.json").read_bytes()
 
 
+@torch.no_grad()
+def test_clips_own_vocabulary_goes_along_to_transformers(tmp_path, registry):
+    """open_clip has it built in and saves nothing; transformers' processor needs files."""
+    from clipgraft.encoders.tokenizers import BpeTokenizer
+
+    encoder = tiny_clip(vocab=49408, context=77, width=16)
+    encoder.data.tokenizer = BpeTokenizer(77)
+    folder = write_huggingface(encoder, tmp_path / "hf")
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    texts = ["A photo of a Cat!", "two dogs, one of them asleep", "", "naïve café — 12 €"]
+    theirs = processor.tokenizer(texts, padding="max_length", max_length=77)["input_ids"]
+    for row, ours in zip(theirs, encoder.tokenizer(texts).tolist(), strict=True):
+        end = ours.index(49407)
+        assert row[: end + 1] == ours[: end + 1] and set(row[end:]) == {49407}, "it pads with the end token"
+    pixels = processor.image_processor(torch.rand(3, 40, 50), return_tensors="pt", do_rescale=False)["pixel_values"]
+    assert pixels.shape == (1, 3, 32, 32)
+    model = transformers.CLIPModel.from_pretrained(folder).eval()
+    found = model(input_ids=torch.tensor(theirs), pixel_values=PIXELS).logits_per_image
+    image, text = encoder.eval()(PIXELS, encoder.tokenizer(texts))
+    torch.testing.assert_close(found, encoder.logit_scale.exp() * image.unit() @ text.unit().T, atol=1e-5, rtol=1e-5)
+    again = load(str(folder), registry=registry)
+    assert torch.equal(again.tokenizer(texts), encoder.tokenizer(texts))
+
+
 class Bend:
     """A graft that stays."""
 

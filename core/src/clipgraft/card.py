@@ -179,9 +179,10 @@ def _measured(card: Mapping[str, Any]) -> Iterator[str]:
     yield "## What was measured"
     rows = [Row.from_dict(row) for row in card["measured"]]
     told = "Before and after, on the same samples (p adjusted over the table, Holm):"
-    yield retention.as_markdown(rows, told).strip() or "Nothing was measured in this run."
-    yield "## What it cost"
     kept = [Row.from_dict(row) for row in card["kept"]]
+    nothing = "Only what the model could do before was measured." if kept else "Nothing was measured in this run."
+    yield retention.as_markdown(rows, told).strip() or nothing
+    yield "## What it cost"
     yield retention.as_markdown(kept).strip() or "What the model could do before and may have lost was not measured."
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clipgraft.encoders.base import Encoder, Origin
 from clipgraft.encoders.openclip import State, build, custom_layout, folder_weights, open_clip_state
-from clipgraft.encoders.tokenizers import tokenizer_for
+from clipgraft.encoders.tokenizers import BpeTokenizer, tokenizer_for
 from clipgraft.encoders.towers import ClipText, TimmImage, VitImage
 from clipgraft.errors import InputError
 from clipgraft.files import write_json
@@ -254,6 +254,22 @@ def _tower_config(blocks: Any, *, width: int, model_type: str) -> dict[str, Any]
     return sizes | {"num_attention_heads": block.attn.num_heads} | style
 
 
+def _write_bpe(folder: Path, *, context_length: int) -> None:
+    """CLIP's own vocabulary and merges, which open_clip has built in, as transformers' ``CLIPTokenizer`` reads them."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    simple = SimpleTokenizer()
+    merges = [" ".join(pair) for pair, _ in sorted(simple.bpe_ranks.items(), key=lambda item: item[1])]
+    theirs = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    write_json(folder / "vocab.json", {theirs.get(token, token): number for token, number in simple.encoder.items()})
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    names = {"bos_token": "<|startoftext|>", **dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")}
+    write_json(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "CLIPTokenizer", "model_max_length": context_length, "do_lower_case": True, **names},
+    )
+
+
 def write_huggingface(
     encoder: Encoder, folder: Path, *, card: Mapping[str, Any] | None = None, where: str = "DIR"
 ) -> Path:
@@ -295,6 +311,8 @@ def write_huggingface(
         write_tensors(draft / "model.safetensors", state)
         if encoder.data.tokenizer is not None:
             encoder.data.tokenizer.save(str(draft))
+        if isinstance(encoder.data.tokenizer, BpeTokenizer):
+            _write_bpe(draft, context_length=text.context_length)
         told = described(encoder) | {"card": dict(card or {}), "transformers": config["architectures"][0]}
         (draft / CARD).write_text(render(told, form="transformers", where=where), encoding="utf-8")
     return Path(folder)

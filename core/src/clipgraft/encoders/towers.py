@@ -191,7 +191,7 @@ class ClipText(TextEncoder):
             mask = None if tower.attn_mask is None else tower.attn_mask[:length, :length]
             x = tower.ln_final(tower.transformer(x, attn_mask=mask))
             at = self._end(ids) if reads_end else 0 if tower.pool_type == "first" else -1
-            pooled = x[torch.arange(len(x), device=x.device), at]
+            pooled = x[torch.arange(x.shape[0], device=x.device), at]  # len() would fix the batch of an exported graph
             if isinstance(tower.text_projection, nn.Linear):
                 pooled = tower.text_projection(pooled)
             elif tower.text_projection is not None:
