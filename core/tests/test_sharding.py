@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from PIL import Image
 from torch import distributed as dist
 from torch import nn
@@ -172,9 +171,8 @@ def test_a_state_of_two_ranks_goes_on_in_four_and_in_two(pair: Ranks, settings: 
     assert len(list((state / "shards").iterdir())) == 2
     with pytest.raises(RuntimeError, match="was saved by 2 processes and 4 came up"):
         run_ranks(_run, 4, str(tmp_path / "run"), None)
-    config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
-    config["distributed"]["processes"] = 4
-    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(config))
+    config = tmp_path / "run/config.yaml"
+    config.write_text(config.read_text().replace("processes: null", "processes: 4"))
     with pytest.raises(RuntimeError, match="asks for 4 processes but 2 came up"):
         pair.call(_run, str(tmp_path / "run"), None)
     run_ranks(_run, 4, str(tmp_path / "run"), None)

@@ -138,7 +138,8 @@ def _sharded(options: Mapping[str, Any], origin: str) -> Layout:
 
 
 def _no_deepspeed(origin: str, stage: Any, *, count: int | None = None) -> InputError:
+    """It steps inside its backward pass, before a loss that is not finite could stop it, and pickles its states."""
+    missing = importlib.util.find_spec("deepspeed") is None
     where = f"{origin} (ZeRO stage {stage}{'' if count is None else f', {count} processes'})"
-    if importlib.util.find_spec("deepspeed") is None:
-        return InputError(f"{where} is well formed, but DeepSpeed is not installed; set distributed.shard=true (FSDP2)")
-    return InputError(f"{where}: DeepSpeed runs the optimizer inside its backward; set distributed.shard=true (FSDP2)")
+    how = f"DeepSpeed is not {'installed, nor ' if missing else ''}offered, since it steps inside its backward pass"
+    return InputError(f"{where}: {how}; split weights with distributed.shard=true (FSDP2) instead")

@@ -31,7 +31,7 @@ from clipgraft.spec import runhook
 from clipgraft.stage import JobStage, StageResult
 
 START, OWN = "start", "steps"
-SHARED = ("data", "precision", "threads", "deterministic")
+SHARED = ("data", "precision", "threads", "deterministic", "distributed")
 """What the pipeline gives to every step when it isn't the default; its model and its seed are always given."""
 
 
