@@ -76,7 +76,10 @@ ORDER = Claim(
         "pooled embeddings .49, .67, patches .79, .86, with turning at chance. So the turning motions were left "
         "out and what doesn't move was held still: base 1 then .83, .85 (.32, .49 with shuffled frames; up and "
         "down .63), X-CLIP in 200 steps .38, .50: it finds the kind of motion, not its direction. Bases 0 and 2 "
-        "and the controls were not run before"
+        "and the controls were not run before. One look at the test split: holds, p .007 the largest. Direction "
+        ".883 (.87, .82 and .96 by base; .48 with shuffled frames, and .90 of the videos that are played backwards "
+        "are called the opposite), .51 by frame averages, .48 by frames alone, .47 after shuffled training; top1 "
+        ".869 against .32, .30 and .32, where .5 is the most without order"
     ),
 )
 
