@@ -13,6 +13,7 @@ import tokenize
 from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parent.parent / "core" / "src"
+TESTING = SOURCE / "clipgraft" / "testing"
 SILENT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 
@@ -27,10 +28,11 @@ def code_lines(text: str) -> int:
 
 
 def main() -> None:
-    """Print both numbers."""
-    texts = [path.read_text("utf-8") for path in SOURCE.rglob("*.py")]
-    code, everything = sum(map(code_lines, texts)), sum(len(text.splitlines()) for text in texts)
-    print(f"{len(texts)} files, {code} lines of code, {everything} lines with docstrings, comments and blanks")
+    """Print the numbers of what runs and of what judges plugins."""
+    for title, inside in (("core", False), ("clipgraft.testing", True)):
+        texts = [path.read_text("utf-8") for path in SOURCE.rglob("*.py") if (TESTING in path.parents) == inside]
+        code, everything = sum(map(code_lines, texts)), sum(len(text.splitlines()) for text in texts)
+        print(f"{title}: {len(texts)} files, {code} lines of code, {everything} with docstrings, comments and blanks")
 
 
 if __name__ == "__main__":
