@@ -13,6 +13,7 @@ import contextlib
 import importlib
 import io
 import os
+import platform
 import resource
 import signal
 import sys
@@ -93,7 +94,8 @@ class Arena:
         elif event == "open" and not isinstance(args[0], int) and isinstance(args[2], int) and args[2] & WRITING:
             self._may_write(event, args[0])
         elif event in CHANGES:
-            for path in args[:2] if event in ("os.rename", "os.link", "shutil.move") else args[:1]:
+            copies = event in ("os.link", "os.symlink", "shutil.copyfile")
+            for path in args[1:2] if copies else args[:2] if event in ("os.rename", "shutil.move") else args[:1]:
                 self._may_write(event, path)
 
     def _may_write(self, event: str, path: Any) -> None:
@@ -154,7 +156,7 @@ class Arena:
             except (ClipgraftError, *refusals) as error:
                 said = str(error)
         assert said.strip(), "an empty refusal"
-        assert len(said) < 2000, f"a refusal of {len(said)} letters: {said[:300]}"
+        assert len(said) < 9000, f"a refusal of {len(said)} letters: {said[:300]}"
         return None, said
 
     def command(self, *words: str, allowed: tuple[int, ...] = (0, 1, 2)) -> Outcome:
@@ -172,12 +174,12 @@ class Arena:
         found = Outcome(code, out.buffer.getvalue().decode(), err.buffer.getvalue().decode())
         shown = f"clipgraft {' '.join(words)!r:.500} -> {code}\n{found.out[-1000:]}\n{found.err[-3000:]}"
         assert code in allowed, shown
-        assert "Traceback" not in found.out + found.err, shown
+        assert "Traceback" not in found.err + ("" if "doctor" in words else found.out), shown  # which shows a plugin's
         assert "run again with --debug" not in found.err, shown
         if code and "--help" not in words:
             last = found.err.strip().splitlines()[-1:]
             helped = "Usage:" in found.out + found.err  # a group without a command prints its help
-            assert helped or (last and last[0].startswith("error: ") and len(last[0]) < 2500), shown
+            assert helped or (last and last[0].startswith("error: ") and len(last[0]) < 9000), shown
         return found
 
 
@@ -210,7 +212,8 @@ def _bounded() -> Iterator[None]:
 def arena(tmp_path_factory: pytest.TempPathFactory) -> Arena:
     """One for the whole session: an audit hook can't be removed."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    for module in ("accelerate", "open_clip", "torchvision", "transformers", "uuid", "webdataset", "datasets"):
+    for module in ("accelerate", "open_clip", "uuid"):
         with contextlib.suppress(ImportError):
             importlib.import_module(module)  # imports take seconds, and some look around on the machine
+    platform.platform()  # runs uname once and keeps what it said
     return Arena(tmp_path_factory.mktemp("arena").resolve())

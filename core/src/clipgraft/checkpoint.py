@@ -8,17 +8,17 @@ that open_clip can't hold, kept under our own tensor names in ``encoder.safetens
 from __future__ import annotations
 
 import copy
-import json
 import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgraft.errors import InputError
-from clipgraft.files import settle, sha256_of, whole_folder, write_json, write_tensors
+from clipgraft.files import check_tensors, parse_json, settle, sha256_of, whole_folder, write_json, write_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -157,15 +157,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not folder.exists():
         settle(Path(os.path.abspath(folder)))
     try:
-        manifest = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
-        schema, files = int(manifest["schema"]), dict(manifest["files"])
+        manifest = dict(parse_json((folder / MANIFEST).read_bytes()))
+        schema = int(manifest["schema"])
+        files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in dict(manifest["files"]).items()}
     except FileNotFoundError:
         raise InputError(f"{folder} has no {MANIFEST}; it is not an export of clipgraft") from None
-    except (ValueError, KeyError, TypeError):
+    except (OSError, OverflowError, ValueError, KeyError, TypeError):
         raise InputError(f"{folder / MANIFEST} is damaged; write the export again") from None
     if schema > SCHEMA:
         raise InputError(f"{folder} was written by a later clipgraft ({manifest.get('clipgraft')}); upgrade clipgraft")
-    for name, expected in files.items():
+    for name, (length, sha256) in files.items():
         file = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise InputError(f"{folder / MANIFEST} names {name!r}, which is no file of that folder; don't trust it")
@@ -173,11 +174,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             continue
         if not file.is_file():
             raise InputError(f"{file} is missing; fetch or write the export again")
-        if (size := file.stat().st_size) != expected["bytes"]:
-            raise InputError(f"{file} is damaged: {size} bytes instead of {expected['bytes']}; write the export again")
-        if sha256_of(file) != expected["sha256"]:
+        if (size := file.stat().st_size) != length:
+            raise InputError(f"{file} is damaged: {size} bytes instead of {length}; write the export again")
+        if sha256_of(file) != sha256:
             raise InputError(f"{file} is damaged: its contents changed after the export; write the export again")
+        if file.suffix == ".safetensors":
+            check_tensors(file)
     return manifest
+
+
+_opening: ContextVar[frozenset[Path]] = ContextVar("exports that are being opened", default=frozenset())
 
 
 def open_export(folder: Path, *, registry: Registry | None = None) -> Encoder:
@@ -188,21 +194,35 @@ def open_export(folder: Path, *, registry: Registry | None = None) -> Encoder:
     from clipgraft.encoders.tokenizers import tokenizer_for
 
     folder, manifest = Path(folder), read_manifest(folder)
-    weights, config = manifest["encoder"]["weights"], manifest["model_config"]
+    try:
+        weights, config = manifest["encoder"]["weights"], manifest["model_config"]
+        lineage, sha256 = tuple(map(dict, manifest["lineage"])), str(manifest["files"][weights]["sha256"])
+        origin = Origin(str(folder), str(manifest["encoder"]["architecture"]), sha256, lineage)
+        text, preprocess = dict(config["text_cfg"]) if config else {}, dict(manifest["preprocess"])
+        reason, uri = manifest["reason"], str(manifest["encoder"]["uri"])
+        kept = [GraftNode(use=g["use"], **g["config"]) for g in manifest["grafts"] if not g["merged"]]
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise InputError(f"{folder / MANIFEST} is damaged; write the export again") from None
     state = openclip.read_weights(folder / weights)
-    lineage, sha256 = tuple(manifest["lineage"]), manifest["files"][weights]["sha256"]
-    origin = Origin(str(folder), manifest["encoder"]["architecture"], sha256, lineage)
-    tokenizer = tokenizer_for(config["text_cfg"], folder=folder) if config else None
-    build = {"preprocess": manifest["preprocess"], "tokenizer": tokenizer, "origin": origin}
-    if not manifest["reason"]:
+    tokenizer = tokenizer_for(text, folder=folder) if config else None
+    build: dict[str, Any] = {"preprocess": preprocess, "tokenizer": tokenizer, "origin": origin}
+    if not reason:
         return openclip.build(config, state, **build)
     if registry is None:
         from clipgraft.registry import current
 
         registry = current()
-    encoder = openclip.build(config, None, **build) if config else load(manifest["encoder"]["uri"], registry=registry)
-    kept = [g for g in manifest["grafts"] if not g["merged"]]
-    encoder = apply_grafts(encoder, [GraftNode(use=g["use"], **g["config"]) for g in kept], registry)
+    if not config and (again := folder.resolve()) in (opening := _opening.get()):
+        raise InputError(f"{folder} refers to itself ({MANIFEST} names {uri} as its encoder); write the export again")
+    if config:
+        encoder = openclip.build(config, None, **build)
+    else:
+        token = _opening.set(opening | {again})
+        try:
+            encoder = load(uri, registry=registry)
+        finally:
+            _opening.reset(token)
+    encoder = apply_grafts(encoder, kept, registry)
     encoder.data.origin = replace(encoder.data.origin, uri=str(folder), sha256=sha256, lineage=lineage)
     missing, unexpected = encoder.load_state_dict(state, strict=False, assign=True)
     if missing or unexpected:

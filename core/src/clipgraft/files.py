@@ -59,7 +59,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Replace ``path`` by ``text`` in one rename."""
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -96,6 +96,17 @@ def write_tensors(
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)  # safetensors writes files that only their owner can read
+
+
+def check_tensors(file: Path) -> None:
+    """``InputError`` unless the header of a safetensors file fits what follows it."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file} is no safetensors file and was not loaded: {' '.join(str(error).split())}") from None
 
 
 @contextmanager

@@ -62,7 +62,7 @@ class RunLog:
         if self.is_main:
             self.console.print(message, markup=False, soft_wrap=True)
             if self.path is not None:
-                with self.path.open("a", encoding="utf-8") as file:
+                with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                     file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {message}\n")
 
     @contextmanager

@@ -5,6 +5,7 @@ Never import click here: Typer vendors its own.
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -97,6 +98,8 @@ def main(args: list[str] | None = None) -> None:
     given = sys.argv[1:] if args is None else args
     debug = "--debug" in given
     given = [arg for arg in given if arg != "--debug"]  # welcome after the command as well
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text; in JSON it is their escape
     try:
         code = typer.main.get_command(app).main(given, prog_name="clipgraft", standalone_mode=False)
         if code == 130:  # what Typer makes of Ctrl-C

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_PIXELS = 100_000_000
+LONGEST = 500
+"""Times that a side may be longer than the other: a strip resized to a model's height would fill the memory."""
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"))
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What Pillow may try: some of its other decoders start programs (EPS starts Ghostscript)."""
@@ -38,9 +42,29 @@ def as_rgb(image: Image) -> Image:
 
 def read_image(path: Path, *, root: Path, sample_id: str, max_pixels: int = MAX_PIXELS) -> Image:
     """``decode_image`` of a file, refused when it leaves ``root`` (which is resolved)."""
-    if not path.resolve().is_relative_to(root):
-        raise BadSample(sample_id, LEAVES)
+    _inside(path, root, sample_id)
     return decode_image(path, sample_id=sample_id, max_pixels=max_pixels)
+
+
+def _inside(path: Path, root: Path, sample_id: str) -> Path:
+    """``path`` with its links followed, ``BadSample`` when that leaves ``root`` or is no path at all."""
+    try:
+        path = path.resolve()
+    except (OSError, ValueError, RuntimeError):  # a loop of links, a zero byte
+        raise BadSample(sample_id, "not a path that can be followed") from None
+    if not path.is_relative_to(root):
+        raise BadSample(sample_id, LEAVES)
+    if (found := _stat(path)) and not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        raise BadSample(sample_id, "refused: a pipe or a device")  # reading one may wait forever
+    return path
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    """None for a file that isn't there or can't be."""
+    try:
+        return path.stat()
+    except (OSError, ValueError):
+        return None
 
 
 def decode_image(file: Path | BinaryIO, *, sample_id: str, max_pixels: int = MAX_PIXELS) -> Image:
@@ -57,6 +81,8 @@ def decode_image(file: Path | BinaryIO, *, sample_id: str, max_pixels: int = MAX
             if image.width * image.height > max_pixels:
                 size = f"{image.width} x {image.height} pixels"
                 raise BadSample(sample_id, f"refused: {size} exceed data.max_pixels {max_pixels}")
+            if max(image.size) > LONGEST * min(image.size):
+                raise BadSample(sample_id, f"refused: a strip of {image.width} x {image.height} pixels; cut it up")
             return as_rgb(ImageOps.exif_transpose(image))
     except BadSample:
         raise
@@ -100,8 +126,13 @@ class ImageFiles:
         digest = hashlib.sha256(repr(list(self.classes)).encode())
         for name in self.ids:
             path = self.root / name
-            stat = path.stat() if path.exists() else None
-            row = (name, stat and (stat.st_size, stat.st_mtime_ns), tuple(self.captions[name]), self.labels.get(name))
+            found = _stat(path)
+            row = (
+                name,
+                found and (found.st_size, found.st_mtime_ns),
+                tuple(self.captions[name]),
+                self.labels.get(name),
+            )
             more = tuple(facts[name] for facts in (self.weights, self.negatives, self.groups) if name in facts)
             digest.update(repr(row + more).encode("utf-8", "backslashreplace"))
         self.fingerprint = digest.hexdigest()
@@ -131,9 +162,7 @@ class ImageFiles:
     def content(self, index: int) -> bytes:
         """The image file."""
         name = self.ids[index]
-        path = (self.root / name).resolve()
-        if not path.is_relative_to(self.root):
-            raise BadSample(name, LEAVES)
+        path = _inside(self.root / name, self.root, name)
         try:
             return path.read_bytes()
         except FileNotFoundError:

@@ -37,7 +37,7 @@ def open_table(file: str | Path, *, max_pixels: int = MAX_PIXELS) -> ImageFiles:
 def classes_of(values: Iterable[str]) -> list[str]:
     """The distinct labels, sorted, as numbers when all of them are."""
     names = set(values)
-    numeric = all(name.removeprefix("-").isdecimal() for name in names)
+    numeric = all(name.removeprefix("-").isdecimal() and len(name) < 1000 for name in names)
     return sorted(names, key=int if numeric else str)
 
 

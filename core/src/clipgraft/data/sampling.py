@@ -6,9 +6,7 @@ Shapes: n samples, k neighbours, D embedding width.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,6 +16,7 @@ from torch import Generator, Tensor
 
 from clipgraft.data.base import BadSample, Drawn, Source, entry_of
 from clipgraft.errors import InputError
+from clipgraft.files import parse_json
 from clipgraft.log import RunLog
 
 Balance = Literal["none", "class", "group"]
@@ -197,14 +196,14 @@ def read_embeddings(path: Path) -> tuple[list[str], Tensor]:
                 text = file.get_tensor("ids_json").numpy().tobytes().decode()
         if text is None:
             text = path.with_suffix(".json").read_text("utf-8")
-        ids = json.loads(text)
+        ids = parse_json(text)
     except (OSError, SafetensorError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise InputError(
             f"{path}: embeddings with ids can't be read ({reason}); write it with clipgraft embed"
         ) from None
     ids = ids.get("ids") if isinstance(ids, dict) else ids
-    if not isinstance(ids, Sequence) or len(ids) != len(embeddings) or embeddings.ndim != 2:
+    if not isinstance(ids, list) or embeddings.ndim != 2 or len(ids) != len(embeddings):
         raise InputError(f"{path}: expected one id per row of embeddings (n, D); write it again with clipgraft embed")
     return [str(name) for name in ids], embeddings
 

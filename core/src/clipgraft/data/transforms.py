@@ -35,8 +35,22 @@ def training_transform(preprocess: Preprocess, crop: tuple[float, float]) -> Cal
 def _evaluate(preprocess: Preprocess, picture: Picture) -> Tensor:
     if isinstance(picture, Tensor) and picture.shape[-2:] == preprocess.size:
         return picture.float().div(255)
-    pixels: Tensor = _open_clip(preprocess)(_opened(picture))
+    image = _opened(picture)
+    image = _thick_enough(image, preprocess) if preprocess.resize_mode == "longest" else image
+    pixels: Tensor = _open_clip(preprocess)(image)
     return pixels
+
+
+def _thick_enough(image: Image, preprocess: Preprocess) -> Image:
+    """A strip of which resizing by the longer side would leave nothing, padded to what becomes one pixel."""
+    from PIL import Image as pillow
+
+    least = math.ceil(max(image.size) / min(preprocess.size))
+    if min(image.size) >= least:
+        return image
+    canvas = pillow.new("RGB", (max(image.width, least), max(image.height, least)), (preprocess.fill_color,) * 3)
+    canvas.paste(image, ((canvas.width - image.width) // 2, (canvas.height - image.height) // 2))
+    return canvas
 
 
 @cache

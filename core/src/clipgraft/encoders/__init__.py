@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,11 +33,10 @@ def load(uri: str, *, registry: Registry | None = None) -> Encoder:
             raise InputError(f"{uri!r} names nothing; expected {scheme}:NAME")
         if scheme == "open_clip":
             return openclip.open_architecture(rest)
-        return (
-            openclip.open_folder(Path(rest), uri=uri)
-            if scheme == "local-dir"
-            else _open_hub(rest, uri=uri, registry=registry)
-        )
+        if scheme == "local-dir":
+            with _one_line(rest):
+                return openclip.open_folder(Path(rest), uri=uri)
+        return _open_hub(rest, uri=uri, registry=registry)
     registry = registry or current()
     registered = uri in {found.name for found in registry.list("encoder")}
     encoder = None
@@ -57,19 +57,36 @@ def load(uri: str, *, registry: Registry | None = None) -> Encoder:
 
 def _open_directory(folder: Path, *, uri: str, registry: Registry | None = None) -> Encoder | None:
     """Our export, an open_clip folder or a Hugging Face folder; None when it is none of them."""
-    if (folder / "clipgraft.json").is_file():
-        from clipgraft.checkpoint import open_export
+    with _one_line(folder):
+        if (folder / "clipgraft.json").is_file():
+            from clipgraft.checkpoint import open_export
 
-        return open_export(folder, registry=registry)
-    if (folder / "open_clip_config.json").is_file():
-        from clipgraft.encoders.openclip import open_folder
+            return open_export(folder, registry=registry)
+        if (folder / "open_clip_config.json").is_file():
+            from clipgraft.encoders.openclip import open_folder
 
-        return open_folder(folder, uri=uri)
-    if (folder / "config.json").is_file():
-        from clipgraft.encoders.huggingface import open_folder as open_huggingface
+            return open_folder(folder, uri=uri)
+        if (folder / "config.json").is_file():
+            from clipgraft.encoders.huggingface import open_folder as open_huggingface
 
-        return open_huggingface(folder, uri=uri)
+            return open_huggingface(folder, uri=uri)
     return None
+
+
+@contextmanager
+def _one_line(folder: Path | str) -> Iterator[None]:
+    """Whatever a folder's files make the libraries raise becomes an ``InputError`` that names the folder.
+
+    What a configuration says is first checked by the layers that it builds, each in its own way.
+    """
+    try:
+        yield
+    except (ClipgraftError, MemoryError):
+        raise
+    except Exception as error:
+        from clipgraft.manifests import one_line
+
+        raise InputError(f"{folder} can't be opened as a model: {one_line(error)[:200]}; fetch it again") from error
 
 
 def _open_hub(name: str, *, uri: str, registry: Registry | None = None) -> Encoder:

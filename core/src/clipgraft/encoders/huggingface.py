@@ -6,7 +6,6 @@ fused by concatenation, projections are transposed, the input projection of SigL
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +17,9 @@ from clipgraft.encoders.base import Encoder, Origin
 from clipgraft.encoders.openclip import State, build, custom_layout, folder_weights, open_clip_state
 from clipgraft.encoders.tokenizers import BpeTokenizer, tokenizer_for
 from clipgraft.encoders.towers import ClipText, TimmImage, VitImage
-from clipgraft.errors import InputError
-from clipgraft.files import write_json
+from clipgraft.errors import ClipgraftError, InputError
+from clipgraft.files import parse_json, write_json
+from clipgraft.manifests import one_line
 
 PILLOW = {"nearest": 0, "bilinear": 2, "bicubic": 3}
 TIMM_SIZES = {(768, 12): "base", (1024, 24): "large", (1152, 27): "so400m", (1536, 40): "giantopt"}
@@ -113,7 +113,7 @@ def _activation(module: Any) -> str:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        return dict(parse_json(file.read_bytes()))
     except (OSError, ValueError, TypeError):
         raise InputError(f"{file} can't be read as a JSON object; fetch it again") from None
 
@@ -197,9 +197,14 @@ def open_folder(folder: Path, *, uri: str = "") -> Encoder:
     if kind not in ("clip", "siglip"):
         raise InputError(f"{folder} holds a {kind!r} model; expected model_type clip or siglip")
     reader: Any = transformers.CLIPConfig if kind == "clip" else transformers.SiglipConfig
-    config = reader.from_pretrained(folder)
-    model_config = _model_config(config)
-    depths = config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers
+    try:
+        config = reader.from_pretrained(folder)
+        model_config = _model_config(config)
+        depths = config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers
+    except ClipgraftError:
+        raise
+    except Exception as error:  # transformers checks little of what it reads
+        raise InputError(f"{folder / 'config.json'} describes no CLIP: {one_line(error)[:160]}") from None
     weights = folder_weights(folder, usual="model.safetensors")
     state = {k: v for k, v in weights.items() if not k.endswith("position_ids")}
     state = _walk(list(_moves(kind, *depths)), state, back=False, where=str(folder))

@@ -7,7 +7,6 @@ from the file, so nothing is initialised at random and nothing is held twice. Wh
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,8 @@ from clipgraft.encoders.base import Encoder, EncoderData, Origin, Preprocess, Te
 from clipgraft.encoders.tokenizers import tokenizer_for
 from clipgraft.encoders.towers import ClipText, HuggingFaceText, ResNetImage, TimmImage, VitImage
 from clipgraft.errors import ClipgraftError, InputError, unknown_name
+from clipgraft.files import parse_json
+from clipgraft.manifests import one_line
 
 State = dict[str, Tensor]
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
@@ -32,10 +33,19 @@ WEIGHT_FILES = (
 )  # fmt: skip
 
 
+TIMM_ARGUMENTS = frozenset(
+    ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "act_layer", "class_token", "qkv_bias")
+)
+"""What a model's configuration may say of its timm tower: others of timm's arguments open files and addresses."""
+DEEPEST = 1000
+"""Blocks of a tower at most."""
+
+
 def read_weights(file: Path) -> State:
     """Tensors of a safetensors file, mapped; a pickle (.bin, .pt, .pth) only as open_clip writes them.
 
-    Pickles are read with ``weights_only`` and never any other way.
+    Pickles are read with ``weights_only`` and never any other way; torch doesn't compress them, so a compressed one is
+    a bomb.
     """
     if not file.is_file():
         raise InputError(f"the weights file {file} is missing")
@@ -46,7 +56,11 @@ def read_weights(file: Path) -> State:
             return _fp32(load_file(file))
         if file.suffix not in (".bin", ".pt", ".pth"):
             raise InputError(f"{file} is no weights file; expected .safetensors, or .bin, .pt, .pth from open_clip")
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        if zipped := zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                    raise InputError(f"{file} is compressed, which torch never does; it was not loaded")
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except ClipgraftError:
         raise
     except Exception as error:  # each reader has its own: SafetensorError, UnpicklingError, RuntimeError, EOFError
@@ -75,8 +89,8 @@ def shard_files(folder: Path) -> list[Path]:
     if index is None:
         return []
     try:
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        names = sorted({str(name) for name in parse_json(index.read_bytes())["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{index} is no index of shards; expected a weight_map from tensors to files") from None
     if odd := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
         raise InputError(f"{index} names {odd[0]!r}; shards must be .safetensors files beside it")
@@ -143,7 +157,10 @@ def _construct(model_config: Mapping[str, Any]) -> Callable[[], Any]:
     if "multimodal_cfg" in config:
         raise InputError("this is a CoCa model, whose text decoder is not a CLIP tower; use a CLIP or SigLIP model")
     vision, text = config["vision_cfg"], config["text_cfg"]
+    if not isinstance(vision, dict) or not isinstance(text, dict):
+        raise InputError("vision_cfg and text_cfg of the model configuration must be objects, as open_clip writes them")
     timm_kwargs = vision.pop("timm_kwargs", None)
+    _refuse(vision, text, timm_kwargs)
     if "timm_model_name" in vision:
         vision["timm_model_pretrained"] = False
     if "hf_model_name" in text:
@@ -151,7 +168,7 @@ def _construct(model_config: Mapping[str, Any]) -> Callable[[], Any]:
 
     def construct() -> Any:
         try:
-            with _timm_arguments(timm_kwargs):
+            with _timm_arguments(timm_kwargs), _without_questions(wanted="hf_model_name" in text):
                 return CustomTextCLIP(**config)
         except TypeError as error:
             reason = str(error).split(") ")[-1].split(".__init__() ")[-1]
@@ -159,8 +176,39 @@ def _construct(model_config: Mapping[str, Any]) -> Callable[[], Any]:
         except OSError as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"the text model {text.get('hf_model_name')} is not available: {reason}") from None
+        except Exception as error:  # sizes that don't fit one another: every layer checks them in its own way
+            reason = one_line(error)[:160]
+            raise InputError(f"open_clip can't build this model configuration as a CLIP: {reason}") from None
 
     return construct
+
+
+def _refuse(vision: Mapping[str, Any], text: Mapping[str, Any], timm_kwargs: Any) -> None:
+    """What no CLIP needs and a configuration made for harm may hold."""
+    timm = {} if timm_kwargs is None else timm_kwargs
+    if not isinstance(timm, dict) or (odd := sorted(set(timm) - TIMM_ARGUMENTS)):
+        raise InputError(f"timm_kwargs {odd if isinstance(timm, dict) else timm!r} are not supported; remove them")
+    if ":" in str(vision.get("timm_model_name", "")):
+        raise InputError(f"timm_model_name {vision['timm_model_name']!r} is an address; name a model of timm's")
+    depths = [vision.get("layers"), text.get("layers"), timm.get("depth")]
+    flat = [n for depth in depths for n in (depth if isinstance(depth, list | tuple) else [depth])]
+    if deep := [n for n in flat if isinstance(n, int | float) and not n <= DEEPEST]:
+        raise InputError(f"a tower of {deep[0]} blocks is refused, {DEEPEST} are the most; correct the configuration")
+
+
+@contextmanager
+def _without_questions(*, wanted: bool) -> Iterator[None]:
+    """transformers asks on the terminal whether a text model may run its own code; here it may not."""
+    if not wanted:
+        yield
+        return
+    from transformers import dynamic_module_utils
+
+    usual, dynamic_module_utils.TIME_OUT_REMOTE_CODE = dynamic_module_utils.TIME_OUT_REMOTE_CODE, 0
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = usual
 
 
 @contextmanager
@@ -287,11 +335,11 @@ def open_folder(folder: Path, *, uri: str = "") -> Encoder:
     """A folder with ``open_clip_config.json`` and weights, as open_clip's ``local-dir:`` and hub pages hold."""
     file = folder / CONFIG
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = parse_json(file.read_bytes())
         model_config = config["model_cfg"]
     except FileNotFoundError:
         raise InputError(f"{folder} has no {CONFIG}; expected an open_clip or Hugging Face folder") from None
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{file} is no open_clip configuration; expected model_cfg and preprocess_cfg") from None
     return build(
         model_config,

@@ -12,6 +12,11 @@ from torch import Tensor
 
 from clipgraft.encoders.base import Tokenizer
 from clipgraft.errors import InputError
+from clipgraft.manifests import one_line
+
+OPTIONS = frozenset(("clean", "strip_sep_token", "language"))
+"""What a model's configuration may say of its tokenizer: open_clip hands anything else on to transformers, among it
+``trust_remote_code``, with which a model folder would run its own code."""
 
 
 @cache
@@ -57,10 +62,14 @@ class HuggingFaceTokenizer:
 
         try:
             return HFTokenizer(
-                self.source, context_length=self.context_length, tokenizer_mode=self.mode, **dict(self.options)
+                self.source,
+                context_length=self.context_length,
+                tokenizer_mode=self.mode,
+                trust_remote_code=False,  # None asks on the terminal
+                **dict(self.options),
             )
-        except (OSError, ValueError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # damaged files raise anything: tokenizers has one class for all, others have many
+            reason = one_line(error)[:200]
             raise InputError(f"no tokenizer could be read from {self.source} ({reason}); put its files there") from None
 
     @property
@@ -70,7 +79,12 @@ class HuggingFaceTokenizer:
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """(B, context_length) int64."""
-        ids: Tensor = self.inner(list(texts))
+        try:
+            ids: Tensor = self.inner(list(texts))
+        except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:  # of odd settings in its files
+            raise InputError(
+                f"the tokenizer of {self.source} fails: {one_line(error)[:200]}; fetch it again"
+            ) from error
         return ids
 
     def save(self, folder: str) -> None:
@@ -81,6 +95,8 @@ class HuggingFaceTokenizer:
 def tokenizer_for(text_config: Mapping[str, Any], *, folder: Path | None = None) -> Tokenizer:
     """The tokenizer that open_clip takes for this ``text_cfg``; a named one is read from ``folder`` when given."""
     length, options = text_config.get("context_length", 77), dict(text_config.get("tokenizer_kwargs") or {})
+    if refused := sorted(set(options) - OPTIONS) if text_config.get("hf_tokenizer_name") else []:
+        raise InputError(f"tokenizer_kwargs {refused} are not supported; leave them out of text_cfg")
     if name := text_config.get("hf_tokenizer_name"):
         return HuggingFaceTokenizer(
             str(folder or name), length, options=options, mode=text_config.get("tokenizer_mode")

@@ -41,6 +41,11 @@ def coco(*, path: str, images: str, max_pixels: int = MAX_PIXELS) -> ImageFiles:
     """``images[].{id, file_name}`` and ``annotations[].{image_id, caption}``; an image without any is a bad sample."""
     name, root = f"coco:{path}", _folder(images)
     document = _read(path, name)
+    listed = [*_list(document, "images", name), *_list(document, "annotations", name)]
+    if odd := next(
+        (v for row in listed for v in (row.get("id"), row.get("image_id")) if isinstance(v, list | dict)), None
+    ):
+        raise InputError(f"{name}: an id is {odd!r:.60}; expected numbers or texts")
     files = {row.get("id"): row.get("file_name") for row in _list(document, "images", name)}
     captions: dict[Any, list[Any]] = {key: [] for key in files}
     for row in _list(document, "annotations", name):
@@ -67,7 +72,7 @@ def _read(path: str, name: str) -> Mapping[str, Any]:
         raise InputError(f"{name}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{name}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, numbers of 5,000 digits, 1,000 brackets
         raise InputError(f"{name}: no JSON that can be read: {error}") from None
     if not isinstance(document, dict):
         raise InputError(f"{name}: expected an object with images, got a {type(document).__name__}")

@@ -120,7 +120,7 @@ def _read(path: str, name: str) -> list[Part]:
 
 
 def _opened(reference: str, name: str, max_pixels: int) -> Source:
-    if reference.startswith("mix:"):
+    if reference.partition("?")[0].partition(":")[0].strip() in ("mix", "data/mix"):
         raise InputError(f"{name}: {reference} is a mix itself; list its parts here")
     source = open_source(reference, max_pixels=max_pixels)
     if hasattr(source, "patterns"):

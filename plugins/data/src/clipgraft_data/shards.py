@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from clipgraft_data.told import Told, caption_keys, texts, told
 
 LARGEST = 2**28
 """Bytes of a member that are read at most."""
+MOST = 100_000
+"""Shards that a pattern may name."""
 OPEN = 64
 """Shards that a process keeps open."""
 
@@ -187,7 +190,7 @@ def shard_paths(path: str, *, name: str) -> list[Path]:
     from webdataset.shardlists import expand_urls
 
     webdataset.utils.enforce_security = True
-    if path.lstrip().startswith("pipe:") or "://" in path:
+    if any(part.lstrip().startswith("pipe:") for part in path.split("::")) or "://" in path:
         raise InputError(f"{name}: only files are opened, no commands and no addresses; download the shards first")
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -196,6 +199,8 @@ def shard_paths(path: str, *, name: str) -> list[Path]:
             raise InputError(f"{name}: no .tar file in this folder")
         return found
     try:
+        if _stands_for(path) > MOST:  # before the names are made
+            raise ValueError(f"more than {MOST} shards are named")
         found = [Path(part).expanduser().resolve() for part in expand_urls(path)]
     except Exception as error:  # braceexpand's own errors and webdataset's assertions
         raise InputError(f"{name}: {str(error) or type(error).__name__}; write {{000000..000009}}") from None
@@ -207,9 +212,28 @@ def shard_paths(path: str, *, name: str) -> list[Path]:
     return found
 
 
+def _stands_for(pattern: str) -> int:
+    """How many names a pattern with braces makes, at most."""
+    total, more = 1, True
+    while more and total <= MOST:
+        found = re.search(r"\{([^{}]*)\}", pattern)
+        if more := found is not None:
+            ends = re.match(r"(-?\d+)\.\.(-?\d+)", found[1])
+            wide = ends is not None and max(map(len, ends.groups())) > 18
+            span = abs(int(ends[2]) - int(ends[1])) + 1 if ends and not wide else found[1].count(",") + 1
+            total *= MOST + 1 if wide else span
+            pattern = pattern[: found.start()] + pattern[found.end() :]
+    return total
+
+
 def _lines_beside(root: Path, name: str) -> list[str]:
     """The lines of a file in ``root`` or its parent; [] when there is none."""
     for folder in (root, root.parent):
         if (folder / name).is_file():
-            return [line.strip() for line in (folder / name).read_text("utf-8").splitlines() if line.strip()]
+            try:
+                lines = (folder / name).read_text("utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                reason = getattr(error, "strerror", None) or "not UTF-8 text"
+                raise InputError(f"{folder / name} can't be read ({reason}); correct it or move it away") from None
+            return [line.strip() for line in lines if line.strip()]
     return []

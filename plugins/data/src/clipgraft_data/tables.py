@@ -120,7 +120,7 @@ def _json_lines(file: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield f"line {number}", row
     except UnicodeDecodeError as error:
         raise InputError(f"{name}: not UTF-8 at byte {error.start} after line {number}; save it as UTF-8") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, numbers of 5,000 digits, 1,000 brackets
         raise InputError(f"{name} line {number}: no JSON ({error}); expected one object per line") from None
 
 

@@ -59,6 +59,8 @@ def sheet(
 
     if size not in (32, 64):
         raise InputError(f"size is {size}; the world is drawn at 32 or 64 pixels")
+    if out.suffix.lower() != ".png":
+        raise InputError(f"{out} doesn't end in .png; name a PNG file to write")
     contact_sheet(kind, split=split, size=size).save(out)
     _print({"sheet": str(out)}, as_json=json)
 

@@ -1,0 +1,191 @@
+"""Any words after ``clipgraft``, any plugin file: an exit code, one line, and never a traceback."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from clipgraft.checkpoint import write_export
+from clipgraft.cli import app
+from clipgraft.testing.tiny import tiny_clip
+
+pytestmark = [pytest.mark.fuzz, pytest.mark.timeout(3600)]
+many, some, few = (settings.get_profile(f"fuzz-{name}") for name in ("many", "some", "few"))
+
+LONG = ("demo", "claims", "toyworld build", "toyworld sensitivity", "toyworld manifest")
+"""Commands that may work for minutes when their arguments are good: only their help and bad options are tried."""
+
+
+def commands() -> dict[str, list[tuple[str, bool]]]:
+    """Every command with its parameters: option or argument, and whether it takes a value."""
+    root: Any = typer.main.get_command(app)
+    context = root.make_context("clipgraft", ["list"])
+    found: dict[str, list[tuple[str, bool]]] = {}
+
+    def walk(command: Any, path: list[str]) -> None:
+        if hasattr(command, "list_commands"):
+            for name in command.list_commands(context):
+                inner = command.get_command(context, name)
+                walk(root.resolve_command(context, [name])[1] if not path else inner, [*path, name])
+            return
+        found[" ".join(path)] = [
+            (p.opts[0] if p.param_type_name == "option" else "", not getattr(p, "is_flag", False))
+            for p in command.params
+        ]
+
+    walk(root, [])
+    return found
+
+
+COMMANDS = commands()
+VALUES = st.one_of(
+    st.sampled_from(
+        ["model", "pictures", "pairs.csv", "csv:pairs.csv", "folder:pictures", "nowhere", "", ".", "/", "-1", "0"]
+    ),
+    st.sampled_from(
+        ["1", "10" * 40, "nan", "x=y", "core/finetune", "finetune", "zero-shot", "core/retrieval", "toyworld/images"]
+    ),
+    st.sampled_from(
+        ["recipes", "~nobody-here", "a" * 300, "a/b/c", "--", "\udcff", "é\u202e", "[bold]", "%s", "{}", "$(id)", "\n"]
+    ),
+    st.text(max_size=12).filter(lambda text: "\0" not in text),
+)
+
+
+@pytest.fixture(scope="module")
+def place(arena) -> Path:
+    """A model, two pictures and a table where every command runs."""
+    for name in ("a", "b"):
+        (arena.work / "pictures").mkdir(exist_ok=True)
+        Image.new("RGB", (40, 40), "red" if name == "a" else "blue").save(arena.work / "pictures" / f"{name}.png")
+    rows = "image,caption,label\npictures/a.png,red,0\npictures/b.png,blue,1\n"
+    (arena.work / "pairs.csv").write_text(rows, "utf-8")
+    write_export(tiny_clip(), arena.work / "model")
+    return Path(arena.work)
+
+
+@many
+@given(data=st.data(), name=st.sampled_from(sorted(COMMANDS)))
+def test_any_words_are_done_or_refused(arena, place, data, name):
+    words = list(name.split())
+    for option, takes_value in data.draw(st.lists(st.sampled_from(COMMANDS[name]), max_size=5)):
+        if option in ("--out", "--quarantine", "--cache", "--ledger", "--index", "--html"):
+            words += [option, str(arena.out / data.draw(st.sampled_from(["o", "o.json", "o/p", "o.safetensors"])))]
+        elif option in ("--resume", "--push-to-hub"):
+            words += [option] + (["nowhere"] if takes_value else [])
+        else:
+            words += [option] * bool(option) + ([data.draw(VALUES)] if takes_value else [])
+    if name in LONG:
+        words.append(data.draw(st.sampled_from(["--help", "--no-such-option", "--seeds=x", "--effort=x"])))
+    if "--out" in [option for option, _ in COMMANDS[name]] and "--out" not in words:
+        words += ["--out", str(arena.out / "o")]
+    arena.command(*words)
+
+
+@some
+@given(
+    words=st.lists(
+        st.one_of(VALUES, st.sampled_from([*(" ".join(COMMANDS)).split(), "--json", "--help", "--debug", "--version"])),
+        max_size=5,
+    )
+)
+def test_any_words_at_all_are_done_or_refused(arena, place, words):
+    if set(words) & {"demo", "claims", "build", "sensitivity", "manifest", "run", "--install-completion", "--debug"}:
+        return
+    arena.command(*words)
+
+
+# -- plugin files --------------------------------------------------------------------------------------------------
+
+HEAD = "from clipgraft.spec import CommandSpec, Component, hookimpl\n"
+VALUES_OF_PYTHON = st.sampled_from(
+    [
+        "None",
+        "3",
+        "'x'",
+        "''",
+        "[]",
+        "()",
+        "{}",
+        "object()",
+        "lambda: 0",
+        "b'x'",
+        "'a b'",
+        "'x:y'",
+        "'os:system'",
+        "'../x'",
+    ]
+)
+RETURNS = st.one_of(
+    st.sampled_from(["None", "3", "'x'", "[]", "()", "[3]", "[None]", "iter([])", "[Component]", "1 / 0", "[x]"]),
+    st.builds(
+        lambda kind, values: f"[{kind}({', '.join(f'{k}={v}' for k, v in values.items())})]",
+        st.sampled_from(["Component", "CommandSpec"]),
+        st.dictionaries(
+            st.sampled_from(["name", "target", "config", "summary", "needs", "presets", "paper", "help"]),
+            VALUES_OF_PYTHON,
+        ),
+    ),
+)
+HOOKS = st.sampled_from(
+    ["grafts", "grafts", "losses", "commands", "recipes", "open", "evaluators", "datasets", "nothing"]
+)
+BODIES = st.one_of(
+    st.builds(
+        lambda hook, given, value: f"{HEAD}@hookimpl\ndef clipgraft_{hook}({given}):\n    return {value}\n",
+        HOOKS,
+        st.sampled_from(["", "uri", "x=1", "*a", "**k", "self"]),
+        RETURNS,
+    ),
+    st.sampled_from(
+        [
+            "raise SystemExit(3)", "raise KeyboardInterrupt", "import sys; sys.exit()", "1 / 0", "def f(",
+            "import no_such_module", "\0", "raise RecursionError", "def f(): f()\nf()", "raise BaseException('x')",
+            "print('noise')", "", "raise Exception('a\\nb\\n' * 500)", "raise MemoryError", "raise GeneratorExit",
+            "# -*- coding: no-such -*-", "import clipgraft.cli as c; c.main(['list'])",
+            "class Odd(Exception):\n    def __str__(self): raise ValueError('x')\nraise Odd",
+        ]
+    ),
+    st.text(max_size=30),
+)  # fmt: skip
+
+
+@many
+@given(
+    body=BODIES,
+    words=st.sampled_from(
+        [
+            ["plugins", "list"],
+            ["plugins", "doctor", "odd-plugin"],
+            ["list", "grafts", "--json"],
+            ["list", "recipes"],
+            ["show", "x"],
+            ["plugins", "show", "odd-plugin", "--json"],
+        ]
+    ),
+)
+def test_any_plugin_file_is_loaded_or_marked_broken(arena, place, body, words):
+    """A plugin is code and is trusted; but a broken one never takes the tool down or its line apart."""
+    file = place / "odd_plugin.py"
+    file.write_text(body, "utf-8", "surrogatepass")
+    arena.command("--plugin", str(file), *words, allowed=(0, 1, 2, 130))
+    sys.modules.pop("odd_plugin", None)
+
+
+@few
+@given(
+    content=st.binary(max_size=60),
+    name=st.sampled_from(["odd_plugin.py", "os.py", "odd.plugin.py", "odd_plugin", "3.py", "é.py"]),
+)
+def test_any_bytes_are_a_plugin_file_or_refused(arena, place, content, name):
+    (place / name).write_bytes(content)
+    arena.command("--plugin", str(place / name), "plugins", "list")
+    (place / name).unlink()
+    sys.modules.pop("odd_plugin", None)
