@@ -41,7 +41,7 @@ KNOWN_PLUGINS = {
     "anomaly": "anomalyclip genclip winclip clipn mvtec visa parts parts-table onnx",
     "diffusion": "diva genhancer genhancer-discrete un2clip sds-clip",
     "data": "wds hf table karpathy coco mix",
-    "embedding": "",
+    "embedding": "onnx-towers",
     "evaluation": "mmvp aro sugarcrepe winoground knn clustering calibration out-of-distribution corruption geometry",
     "llm": "llm2clip caption-contrast long-clip negclip count-to-ten clip-refine tinyclip reinforce captions",
     "merging": "soup wise-ft ties opcm sam-clip agglomerate radio clip-moe ewa segmentation zero-shot-seg",

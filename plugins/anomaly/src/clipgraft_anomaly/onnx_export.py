@@ -96,7 +96,7 @@ def _trained(reference: str, registry: Registry) -> Detector:
             raise
         raise InputError(
             f"{reference} holds no detector; give a run or export of anomalyclip, or hand-written prompts about a "
-            f"named object: '{reference}?method=prompts&name=NAME'"
+            f"named object: '{reference}?method=prompts&name=NAME'; for the towers of any CLIP: --format onnx-towers"
         ) from None
 
 
