@@ -114,6 +114,19 @@ def any_rank(flag: bool) -> bool:
     return bool(value)
 
 
+def share_of_rows(rows: Tensor) -> Tensor:
+    """Weight () of a mean over ``rows`` () of this rank's samples, of which each rank has another number.
+
+    With it the mean over ranks, which DDP takes, is the mean over the samples of all ranks. 1 without a process group.
+    """
+    own = rows.detach().float()
+    if world_size() == 1:
+        return torch.ones_like(own)
+    total = own.clone()
+    dist.all_reduce(total)
+    return own * world_size() / total.clamp(min=1)
+
+
 def mean_over_ranks(values: Mapping[str, Tensor]) -> dict[str, float]:
     """Named scalars averaged over ranks, in one reduction and one synchronisation."""
     if not values:

@@ -11,8 +11,10 @@ from torch.nn import functional as F
 
 from clipgraft.config.schema import TrainConfig
 from clipgraft.data.base import Sample
+from clipgraft.distributed import rank, world_size
 from clipgraft.errors import InputError
 from clipgraft.log import RunLog
+from clipgraft.testing.ranks import run_ranks
 from clipgraft.testing.tiny import tiny_clip
 from clipgraft.types import Batch
 from clipgraft_anomaly.dense import DenseTower
@@ -400,3 +402,23 @@ def test_the_query_only_branch_is_a_graph_of_pictures_with_two_constants():
     found, want = graph(pictures()), detector(pictures(), ["cat", "dog", "pcb1"])
     torch.testing.assert_close(found.map, want.map, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found.score, want.score, atol=1e-5, rtol=1e-5)
+
+
+def _gradients(folder, places):
+    """What a rank's ``places`` leave behind; all of them in one process."""
+    stage, *_ = stage_over(folder / str(rank()))
+    share = len(places) // world_size()
+    stage(batch(*places[rank() * share : (rank() + 1) * share])).loss.backward()
+    return {name: p.grad for name, p in stage.named_parameters() if p.grad is not None}
+
+
+def test_pictures_without_masks_count_alike_however_processes_share_them(tmp_path):
+    """The local losses are means over the pictures with masks, of which two processes have another number."""
+    places, torch_threads = (0, 1, 2, 3), torch.get_num_threads()
+    torch.set_num_threads(1)
+    whole = _gradients(tmp_path, places)
+    torch.set_num_threads(torch_threads)
+    first, second = run_ranks(_gradients, 2, tmp_path / "two", places)
+    assert whole.keys() == first.keys() == second.keys() != set()
+    for name, grad in whole.items():
+        torch.testing.assert_close((first[name] + second[name]) / 2, grad, rtol=1e-4, atol=1e-6)

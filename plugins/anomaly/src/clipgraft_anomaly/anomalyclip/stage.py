@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipgraft.config.schema import TrainConfig
+from clipgraft.distributed import share_of_rows
 from clipgraft.encoders.base import Encoder
 from clipgraft.stage import TrainStage
 from clipgraft.types import Batch, StepOutput
@@ -62,7 +63,8 @@ class PromptStage(TrainStage):
         whole = F.nll_loss(probabilities(seen.whole, texts, tau=read.tau).log(), rows["label"])
         known, maps = rows["masked"], layer_maps(seen, texts, tau=read.tau, size=self.size)
         parts = [map_loss(m[known], rows["mask"][known]) for m in maps.values()] if known.any() else []
-        local_loss = torch.stack(parts).sum() if parts else whole.new_zeros(())
+        share = share_of_rows(known.sum())  # of the pictures with masks: other processes have more or fewer of them
+        local_loss = share * torch.stack(parts).sum() if parts else whole.new_zeros(())
         return whole + self.local * local_loss, {"whole": whole.detach(), "local": local_loss.detach()}
 
     def components(self) -> dict[str, nn.Module]:

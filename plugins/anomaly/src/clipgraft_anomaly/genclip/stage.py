@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clipgraft.config.schema import TrainConfig
+from clipgraft.distributed import share_of_rows
 from clipgraft.encoders.base import Encoder
 from clipgraft.stage import TrainStage
 from clipgraft.types import Batch, StepOutput
@@ -81,10 +82,11 @@ class BranchesStage(TrainStage):
         tau, known = self.head.read.tau, rows["masked"]
         shares = whole_shares(seen.whole, texts, tau=tau, blend=self.head.blend)
         loss = -shares.gather(1, rows["label"][:, None]).log().mean()
+        share = share_of_rows(known.sum())  # of the pictures with masks: other processes have more or fewer of them
         if known.any():
             maps = layer_maps(seen, texts, tau=tau, size=self.size)
             local = torch.stack([map_loss(m[known], rows["mask"][known]) for m in maps.values()])
-            loss = loss + self.loss.local * local.sum()
+            loss = loss + self.loss.local * share * local.sum()
         return loss, loss.detach()
 
     def components(self) -> dict[str, nn.Module]:
