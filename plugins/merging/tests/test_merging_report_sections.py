@@ -43,8 +43,9 @@ def run(tmp_path: Path) -> Path:
 
 def test_pixels_by_words_before_after_and_as_the_data_have_them(run: Path) -> None:
     (section,) = segmentations(read_run(run), registry=current())
-    assert len(section.figures) == 3
-    for figure in section.figures:
+    *pictures, legend = section.figures
+    assert len(pictures) == 3 and [swatch.caption for swatch in legend.pictures] == ["cat", "dog"]
+    for figure in pictures:
         assert [picture.caption for picture in figure.pictures] == ["picture", "before", "after", "truth"]
         assert figure.pictures[-1].alt == "truth: dog 50 %, cat 50 %"
         assert len({picture.image for picture in figure.pictures[:2]}) == 2

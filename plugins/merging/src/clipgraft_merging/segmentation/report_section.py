@@ -49,6 +49,7 @@ def segmentations(run: RunRecord, *, registry: Registry) -> list[Section]:
         Labeller(when, encoder, source, _asked(run.node(names[0]), encoder), None) for when, encoder in opened.items()
     ]
     classes, bad = labellers[0].words.names, BadSamples(len(source))
+    seen = set[int]()
     palette, figures, rows = colours(len(classes)), list[Figure](), list[tuple[str | float, ...]]()
     places = range(0, len(source), max(1, len(source) // SHOWN))[:SHOWN]
     parts = [part for one in labellers for part in (one.encoder, one.segmenter) if part is not None]
@@ -58,6 +59,7 @@ def segmentations(run: RunRecord, *, registry: Registry) -> list[Section]:
             truth = frame.sample.extra.get("semantics")
             if truth is not None:
                 maps["truth"] = torch.as_tensor(truth).long()
+            seen |= {int(k) for label in maps.values() for k in label.unique() if 0 < int(k) <= len(classes)}
             figures.append(_figure(frame, maps, palette, classes))
             rows += [(f"{frame.sample.id}, {when}", _shares(label, classes)) for when, label in maps.items()]
     return [
@@ -65,15 +67,8 @@ def segmentations(run: RunRecord, *, registry: Registry) -> list[Section]:
             "What it calls the pixels",
             "Every pixel in the colour of the word that it is nearest to, before the run, after it, and as the data "
             "have it; pixels that don't count are grey or plain. Colours are one for all pictures.",
-            tuple(figures),
-            (
-                Table(
-                    "The same in words: classes by their share of the pixels",
-                    ("picture", "classes"),
-                    tuple(rows),
-                    folded=True,
-                ),
-            ),  # fmt: skip
+            (*figures, *_legend(seen, palette, classes)),
+            (Table("The same in words: the largest classes", ("picture", "classes"), tuple(rows), folded=True),),
         )
     ]
 
@@ -108,6 +103,15 @@ def _figure(frame: Frame, maps: dict[str, Tensor], palette: Any, classes: tuple[
         drawn = Image.fromarray(overlay(pixels, small, palette))
         pictures.append(Picture(encoded(drawn), f"{when}: {_shares(label, classes)}", when))
     return Figure(tuple(pictures), frame.sample.id, across=len(pictures))
+
+
+def _legend(seen: set[int], palette: Any, classes: tuple[str, ...]) -> list[Figure]:
+    """The colours of the labels that are on the page."""
+    swatches = tuple(
+        Picture(encoded(Image.new("RGB", (64, 16), palette[k - 1])), f"the colour of {classes[k - 1]}", classes[k - 1])
+        for k in sorted(seen)
+    )
+    return [Figure(swatches, "Colours", across=8)] if swatches else []
 
 
 def _as_it_is(size: tuple[int, int]) -> Any:
