@@ -180,6 +180,10 @@ def test_steps_see_earlier_models_by_name(world, registry, tmp_path):
 def test_a_step_may_be_its_recipes_name_alone(world, registry):
     _, config = load_recipe("pipeline", overrides=["steps=[finetune]", "model.from=x"], registry=registry)
     assert config.steps[0].recipe == config.steps[0].called == "finetune" and config.steps[0].set == {}
+    changes = ["steps=[finetune]", "model.from=x", "steps.0.set.train.steps=3", "steps.0.name=mine"]
+    _, config = load_recipe("pipeline", overrides=changes, registry=registry)
+    assert config.steps[0].recipe == "finetune" and config.steps[0].called == "mine"
+    assert config.steps[0].set == {"train": {"steps": 3}}
 
 
 def test_what_a_step_trained_beside_the_encoder_ships_while_the_encoder_stays(world, registry, tmp_path):

@@ -55,6 +55,8 @@ class StepConfig(Config):
 
 
 def _as_step(value: Any) -> Any:
+    if isinstance(value, dict) and "use" in value:  # what ``--set steps.0.set.KEY`` makes of a name alone
+        return {"recipe": value["use"], **{key: inner for key, inner in value.items() if key != "use"}}
     return {"recipe": value} if isinstance(value, str) else value
 
 
