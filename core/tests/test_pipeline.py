@@ -22,6 +22,7 @@ from clipgraft.config.load import load_recipe
 from clipgraft.errors import ClipgraftError, InputError, Interrupted
 from clipgraft.execution import run_recipe
 from clipgraft.registry import Registry, use
+from clipgraft.rundir import read_run
 from clipgraft.spec import runhook
 from clipgraft.testing.tiny import tiny_clip
 
@@ -148,6 +149,7 @@ def test_a_pipeline_is_its_recipes_by_hand(world, registry, tmp_path):
     first = read_manifest(tmp_path / "run/steps/00-one/export")
     assert manifest["lineage"][1]["base_sha256"] == first["files"]["open_clip_model.safetensors"]["sha256"]
     assert manifest["lineage"][1]["base"].endswith("steps/00-one/export")
+    assert [log.name for log in read_run(done.run).stages] == ["00-one/00-train", "01-two/00-train"]
     for step in ("00-one", "01-two"):  # each has all that a report reads
         names = {p.name for p in (tmp_path / "run/steps" / step).iterdir()}
         assert {"config.yaml", "env.json", "plugins.json", "log.txt", "status.json", "stages", "export"} <= names

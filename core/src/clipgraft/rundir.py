@@ -117,7 +117,7 @@ def read_run(path: Path) -> RunRecord:
         raise InputError(f"{path} is no run directory (it has no config.yaml); give the folder that a run printed")
     text = (path / "config.yaml").read_text("utf-8")
     evaluations = _json(path / "evaluations.json") or {}
-    logs = sorted((path / "stages").glob("*/metrics.jsonl"))
+    logs = sorted(path.glob("stages/*/metrics.jsonl")) + sorted(path.glob("steps/**/stages/*/metrics.jsonl"))
     command = path / "command.txt"
     return RunRecord(
         path=path,
@@ -130,12 +130,18 @@ def read_run(path: Path) -> RunRecord:
         before=evaluations.get("before", {}),
         after=evaluations.get("after", {}),
         stages=tuple(
-            StageLog(log.parent.name, read_lines(log), read_lines(log.with_name("watch.jsonl"))) for log in logs
+            StageLog(_stage(log.parent.relative_to(path)), read_lines(log), read_lines(log.with_name("watch.jsonl")))
+            for log in logs
         ),
         export=_json(path / "export" / "clipgraft.json"),
         kept=tuple(retention.read(path)),
         retention=_json(path / retention.STATE) or {},
     )
+
+
+def _stage(folder: Path) -> str:
+    """stages/00-train -> 00-train; of a pipeline steps/01-two/stages/00-train -> 01-two/00-train."""
+    return "/".join(part for part in folder.parts if part not in ("stages", "steps"))
 
 
 def read_lines(path: Path) -> tuple[Record, ...]:
