@@ -127,5 +127,6 @@ def clipgraft_commands() -> list[CommandSpec]:
         "show": ("plugins:show", "Show one component: summary, paper, settings, presets."),
         "config": ("config:app", "Show, describe or compare run configurations."),
         "plugins": ("plugins:app", "List, show and diagnose plugins."),
+        "new": ("new:app", "Write a plugin that installs, runs and passes its tests, from a template."),
     }
     return [CommandSpec(name=k, target=f"clipgraft.cli.{target}", help=text) for k, (target, text) in table.items()]

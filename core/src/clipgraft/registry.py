@@ -34,9 +34,6 @@ COMMANDS_OF = {
 }
 """Commands that the core leaves to plugins of the project, so that it stays small; others offer their own group."""
 
-LATER_COMMANDS = ("new",)
-"""Names kept for the core beside the commands that it has."""
-
 KNOWN_PLUGINS = {
     "anomaly": "anomalyclip genclip winclip clipn mvtec visa parts parts-table onnx",
     "diffusion": "diva genhancer genhancer-discrete un2clip sds-clip",
@@ -108,7 +105,7 @@ class Registry:
             if info.name != "core" and any(names.count(name) > 1 or name not in own for name in names):
                 raise PluginError(f"may offer one command group, named {info.name!r} like itself")
             left = {name for plugin, given in COMMANDS_OF.items() if plugin != info.name for name in given}
-            if taken := {*LATER_COMMANDS, *left, *(c.name for c in self._commands)} & set(names):
+            if taken := {*left, *(c.name for c in self._commands)} & set(names):
                 raise PluginError(f"command {min(taken)!r} belongs to the core; rename the plugin")
             self._components |= {(r.kind, r.name): r for r in components}
             self._commands += commands

@@ -36,12 +36,17 @@ _registries: dict[Subject, Registry] = {}
 @contextmanager
 def _told() -> Iterator[None]:
     """A violation is one line of a failed test, what can't be checked a skipped one."""
+    reason = violation = None
     try:
         yield
-    except NotApplicable as reason:
-        pytest.skip(str(reason))
-    except Violation as violation:
-        pytest.fail(str(violation), pytrace=False)
+    except NotApplicable as error:
+        reason = str(error)
+    except Violation as error:
+        violation = str(error)
+    if reason is not None:  # out here, so that pytest doesn't tell the cause of the cause
+        pytest.skip(reason)
+    if violation is not None:
+        pytest.fail(violation, pytrace=False)
 
 
 def _registry(subject: Subject) -> Registry:

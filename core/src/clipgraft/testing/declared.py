@@ -113,7 +113,8 @@ def _is_a_recipe(registry: Registry, r: Registered, target: Any) -> None:
     """A recipe has plan and check, and a folder of presets that holds its files."""
     from clipgraft.config.load import presets
 
-    if missing := [name for name in ("plan", "check") if not callable(getattr(target, name, None))]:
+    missing = [name for name in ("plan", "check") if not callable(getattr(target, name, None))]
+    if missing and isinstance(target, type):  # what a function returns shows when it runs
         raise Violation(f"recipe {r.name}: {r.component.target} has no {' and no '.join(missing)}")
     siblings = [s for s in registry.list("recipe") if s.component.presets == r.component.presets]
     if r.component.presets is not None and not any(presets(s, registry=registry) for s in siblings):
@@ -200,7 +201,7 @@ def _defaults_are_valid(model: type[BaseModel], where: str) -> None:
             continue
         default: Any = info.get_default(call_default_factory=True, validated_data={})
         try:
-            annotation = Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation
+            annotation: Any = Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation
             TypeAdapter[Any](annotation).validate_python(default)
         except ValidationError as error:
             found = error.errors(include_url=False)[0]
@@ -218,6 +219,9 @@ def presets_survive_yaml(subject: Subject, registry: Registry) -> list[str]:
                 name = f"{r.name}:{preset}".rstrip(":")
                 try:
                     config = _loaded(registry, r, cls, preset)
+                    if config is None:
+                        notes.append(f"preset {name} needs settings that only a user knows")
+                        continue
                     again = complete(r, parse_yaml(dump_yaml(config), origin=name), registry=registry)
                 except ClipgraftError as error:
                     if not _of_a_missing_plugin(error):
@@ -227,7 +231,11 @@ def presets_survive_yaml(subject: Subject, registry: Registry) -> list[str]:
                 checked = True
                 _equal(config, again, f"preset {name}")
         elif not any(info.is_required() for info in cls.model_fields.values()):
-            own, checked = _defaults(cls, f"{r.kind} {r.name}"), True
+            own = _defaults(cls, f"{r.kind} {r.name}")
+            if own is None:
+                notes.append(f"{r.kind} {r.name} needs settings that only a user knows")
+                continue
+            checked = True
             text = dump_yaml(own)
             try:
                 _equal(own, validate(cls, parse_yaml(text, origin=r.name) or {}), f"{r.kind} {r.name}")
@@ -238,17 +246,23 @@ def presets_survive_yaml(subject: Subject, registry: Registry) -> list[str]:
     return notes
 
 
-def _defaults(cls: type[BaseModel], where: str) -> BaseModel:
+def _defaults(cls: type[BaseModel], where: str) -> BaseModel | None:
+    """The config without any setting; None when a check of the whole asks for one of several."""
     from pydantic import ValidationError
 
     try:
         return cls()
     except ValidationError as error:
+        if all(not e["loc"] for e in error.errors(include_url=False)):
+            return None
         raise Violation(f"{where}: its defaults are refused: {error.errors(include_url=False)[0]['msg']}") from error
 
 
-def _loaded(registry: Registry, r: Registered, cls: type[BaseModel], preset: str) -> BaseModel:
-    """A preset with what it leaves to the user filled in: a text that names nothing, the number one."""
+def _loaded(registry: Registry, r: Registered, cls: type[BaseModel], preset: str) -> BaseModel | None:
+    """A preset with what it leaves to the user filled in: a text that names nothing, the number one.
+
+    None when it leaves something else open.
+    """
     from clipgraft.config.describe import describe
     from clipgraft.config.load import assign, complete, gather, merge
 
@@ -257,7 +271,18 @@ def _loaded(registry: Registry, r: Registered, cls: type[BaseModel], preset: str
     for row in describe(cls):
         if row.required and row.type in ("text", "number", "integer"):
             assign(given, f"{row.key}={'unset' if row.type == 'text' else '1'}")
+        elif row.required and not _given(values, row.key):
+            return None
     return complete(r, merge(given, values), registry=registry)
+
+
+def _given(values: Any, key: str) -> bool:
+    """Whether plain values hold a dotted key."""
+    for part in key.split("."):
+        if not isinstance(values, dict) or part not in values:
+            return False
+        values = values[part]
+    return True
 
 
 def _equal(a: BaseModel, b: BaseModel, where: str) -> None:

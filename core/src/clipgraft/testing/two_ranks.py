@@ -12,7 +12,7 @@ the process group hidden. That is
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 RELATIVE, ABSOLUTE = 1e-3, 1e-5
 """Of the largest entry of a tensor's gradient, and of the largest entry of all."""
 
+PATIENCE = 600
+"""Of a machine that does other things too [seconds]."""
+
 Wanted = list[tuple[str, dict[str, Tensor]]]
 """What a gradient should be, in words and by parameter."""
 
@@ -47,7 +50,7 @@ def ranks_agree(trial: Trial) -> None:
     subject = trial.subject
     arguments = (subject.name, tuple(map(str, subject.files)), trial.recipe.name, str(trial.folder))
     try:
-        answers: list[tuple[str, str]] = run_ranks(on_a_rank, 2, *arguments)
+        answers: list[tuple[str, str]] = run_ranks(on_a_rank, 2, *arguments, timeout=PATIENCE)
     except RuntimeError as error:
         raise Violation(f"{trial.recipe.name} on two ranks: {str(error).strip().splitlines()[-1]}") from error
     for kind, said in answers:
@@ -180,12 +183,12 @@ def _close(stage: TrainStage, found: dict[str, Tensor], wanted: dict[str, Tensor
             raise Violation(f"{stage.name}: the gradient of {name} is not that {what} (off by {error:.2g})")
 
 
-def _equal(stage: TrainStage, tensors: dict[str, Tensor], what: str) -> None:
+def _equal(stage: TrainStage, tensors: Mapping[str, Tensor], what: str) -> None:
     """Raise on every rank when the bits differ between them."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     if len(set(distributed.to_all(digest.hexdigest()))) > 1:
         raise Violation(f"{stage.name}: {what}; nothing that is trained may depend on the rank")
 
