@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from clipgraft.stage import Stage, StageResult, TrainStage
 if TYPE_CHECKING:
     from clipgraft.data.base import Source
     from clipgraft.evaluation.base import Evaluation
+    from clipgraft.sharding import Shards
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Run:
     registry: Registry
     log: RunLog
     stop_requested: bool = False
+    shards: Shards | None = None
     trained_on: dict[str, Any] = field(default_factory=dict)
     hooks: RunHooks = field(default_factory=RunHooks)
     _encoder: Encoder | None = None
@@ -137,6 +139,10 @@ class Run:
                 log=self.log,
             ),
         )
+
+    def whole(self) -> AbstractContextManager[None]:
+        """In here the weights of the stage in training are plain tensors, also where ranks hold parts; all enter it."""
+        return nullcontext() if self.shards is None else self.shards.whole()
 
     def seed_stage(self, name: str, *, per_rank: bool = False) -> None:
         """Seed Python's and torch's generators from (seed, stage, rank): a stage never depends on what ran before."""

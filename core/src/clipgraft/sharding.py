@@ -84,7 +84,7 @@ class Shards:
             "mesh": init_device_mesh(device.type, (distributed.world_size(),)),
             "ignored_params": set(self.single),
         }
-        self.modules = list(_blocks(step))
+        self.modules: list[Any] = list(_blocks(step))
         for module in reversed(self.modules):  # inner ones first
             fully_shard(module, reshard_after_forward=reshard, **options)
         fully_shard(step, **options)

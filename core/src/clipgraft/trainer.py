@@ -78,13 +78,17 @@ class Trainer:
         stage.to(run.device)
         optimizer = build_optimizer(stage, cfg)
         wrapped, prepared, shards = self._wrapped(run, Step(stage), optimizer)
+        run.shards = shards
         average = Average(stage, cfg.ema) if cfg.ema else None
         state = TrainState(folder / "state", stage, optimizer, average, accelerator.scaler, shards is not None)
         found = state.load_newest()
         start = found["step"] if found else 0
+        for path in state.damaged:
+            run.log.info(f"{stage.name}: {path} is damaged and passed over; going on after step {start}")
         loader.load_state_dict(dict(enumerate(found["loaders"])).get(distributed.rank(), {}) if found else {})
         run.load_hooks(stage, found["hooks"] if found else {})
         metrics = MetricsFile(folder / "metrics.jsonl", is_main=run.is_main, after_step=start)
+        MetricsFile(folder / "evaluations.jsonl", is_main=run.is_main, after_step=start)
         batches = loader.iterate(start)
         run.seed_stage(stage.name, per_rank=True)
         if found:
@@ -126,7 +130,7 @@ class Trainer:
                     bar.advance(0, note=f"loss {row['loss']:.4f}")
                 bar.advance()
                 if cfg.evaluate_every and done % cfg.evaluate_every == 0 and done < cfg.steps:
-                    self._evaluate(run, stage, average, done, shards)
+                    self._evaluate(run, stage, average, done)
                 if (cfg.save_every and done % cfg.save_every == 0) or stop:
                     save(done)
                     saved = done
@@ -137,6 +141,7 @@ class Trainer:
             run.log.info(f"{stage.name}: {loader.bad}")
         average.swap() if average else None
         shards.end() if shards else None
+        run.shards = None
         stage.eval()
         return StageResult(stage.current_encoder(), stage.components(), stage.final_metrics())
 
@@ -275,11 +280,11 @@ class Trainer:
         }
 
     @staticmethod
-    def _evaluate(run: Run, stage: TrainStage, average: Average | None, step: int, shards: Shards | None) -> None:
+    def _evaluate(run: Run, stage: TrainStage, average: Average | None, step: int) -> None:
         held = rng_state()
         average.swap() if average else None
         stage.eval()
-        with shards.whole() if shards else nullcontext():
+        with run.whole():
             run.evaluate_during(stage, step)
         stage.train()
         average.swap() if average else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -259,6 +260,7 @@ def given(tmp_path):
         stage_folder=lambda name: tmp_path,
         base_encoder=tiny_clip,
         config=SimpleNamespace(grafts=()),
+        whole=nullcontext,
         registry=Registry.discover(allow=["diffusion"]),
         file=tmp_path / "watch.jsonl",
         hooks=SimpleNamespace(register=lambda hook, name: tracked.append(name)),

@@ -112,7 +112,8 @@ def _watched(traces: dict[str, Trace], *, rows: Sequence[int]) -> Iterator[None]
     fit, clip, seed = trainer.Trainer.fit, trainer.Trainer._clip, Run.seed_stage
 
     def watched_fit(self: trainer.Trainer, run: Run, stage: TrainStage) -> StageResult:
-        trace = traces[stage.name] = Trace(before=_weights(stage))
+        again = sum(name.partition("#")[0] == stage.name for name in traces)
+        trace = traces[f"{stage.name}#{again}" if again else stage.name] = Trace(before=_weights(stage))
         world, chunks = distributed.world_size(), self.config.accumulate
         dealt = Dealt({n // (world * chunks) for n in (self.config.batch_size, *rows)})
         with dealt:
@@ -121,7 +122,7 @@ def _watched(traces: dict[str, Trace], *, rows: Sequence[int]) -> Iterator[None]
         return result
 
     def watched_clip(self: trainer.Trainer, run: Run, stage: TrainStage) -> Tensor | None:
-        trace = traces[stage.name]
+        trace = [*traces.values()][-1]
         if not trace.gradients:
             named = [(n, p.grad) for n, p in stage.named_parameters() if p.grad is not None]
             trace.gradients = {name: whole_tensor(g).detach().cpu().clone() for name, g in named}

@@ -120,26 +120,32 @@ class Watch:
         self._base = base
         self._scene: Scene | None = None
         self._file: MetricsFile | None = None
+        self._begun = False
 
     @runhook
     def before_step(self, run: Run, stage: Stage, step: int) -> None:
         """Get ready at the first step of this process; look once before anything is trained."""
-        if self._stage is None or stage is not self._stage or not run.is_main or self._file is not None:
+        if self._stage is None or stage is not self._stage or self._begun:
             return
-        self._file = MetricsFile(run.stage_folder(stage.name) / FILE, is_main=True, after_step=step or -1)
-        with _undisturbed():
-            self._scene = self._prepare(run, self._stage)
-        if step == 0:
-            self._look(run, self._stage, self._stage.current_encoder(), step)
+        self._begun = True
+        with run.whole():
+            if not run.is_main:
+                return
+            self._file = MetricsFile(run.stage_folder(stage.name) / FILE, is_main=True, after_step=step or -1)
+            with _undisturbed():
+                self._scene = self._prepare(run, self._stage)
+            if step == 0:
+                self._look(run, self._stage, self._stage.current_encoder(), step)
 
     @runhook
     def after_step(self, run: Run, stage: Stage, step: int) -> None:
         """Look every so many steps."""
-        if self._stage is None or stage is not self._stage or not run.is_main or not self.settings.every:
+        if self._stage is None or stage is not self._stage or not self.settings.every:
             return
         done = step + 1
         if done % self.settings.every == 0 and done < self._stage.train_config.steps:
-            self._look(run, self._stage, self._stage.current_encoder(), done)
+            with run.whole():
+                self._look(run, self._stage, self._stage.current_encoder(), done) if run.is_main else None
 
     @runhook
     def on_stage_end(self, run: Run, stage: Stage, result: StageResult) -> None:
