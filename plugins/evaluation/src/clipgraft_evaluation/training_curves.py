@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from clipgraft.rundir import RunRecord, StageLog
-from clipgraft_evaluation.figures import SERIES, curve, inline, panels
+from clipgraft_evaluation.figures import INK, SERIES, curve, inline, panels
 from clipgraft_evaluation.page import number
 
 UNDRAWN = ("step", "seconds", "canary_right", "canary_images")
@@ -101,7 +101,7 @@ def _figure(name: str, title: str, lines: Sequence[Line], *, large: bool) -> Mar
     if large:
         axis.set_xlabel("step")
         if any(line.of for line in lines):
-            axis.legend(fontsize=9, labelcolor="linecolor", frameon=False)
+            axis.legend(fontsize=9, labelcolor=INK, frameon=False)
     told = "; ".join(f"{line.of}: {_ends(line)}" if line.of else _ends(line) for line in lines)
     return inline(figure, name=name, label=f"{title} over {max(line.steps[-1] for line in lines):.0f} steps, {told}")
 
