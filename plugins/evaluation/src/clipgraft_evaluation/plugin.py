@@ -13,7 +13,7 @@ def clipgraft_commands() -> list[CommandSpec]:
     table = {
         "demo": ("demo:demo", "Improve a tiny CLIP, measure it before and after, write a report."),
         "compare": ("compare_command:compare", "Tell whether one model is better than another, with paired tests."),
-        "report": ("report_command:report", "Write the HTML report of a run."),
+        "report": ("report_command:report", "Write the HTML report of a run, or compare two runs."),
         "claims": ("claim_command:claims", "Check the papers' claims by experiment."),
     }
     return [CommandSpec(name=name, target=f"{PACKAGE}.{target}", help=text) for name, (target, text) in table.items()]
