@@ -115,6 +115,41 @@ def plugin(session: nox.Session, name: str) -> None:
     pytest(session, python, f"plugins/{name}/tests", "-m", "not slow", CLIPGRAFT_PLUGINS=name)
 
 
+TEMPLATES = {"recipe": "keeps", "merger": "midpoint", "head": "reads"}
+"""Templates of ``clipgraft new plugin``, and the claims that they bring."""
+
+
+@nox.session(venv_backend="none")
+@nox.parametrize("template", [nox.param(name, id=name) for name in TEMPLATES])
+def scaffold(session: nox.Session, template: str) -> None:
+    """A new plugin with the core's wheel alone: its tests and the suite; then, on the toy world, its run and claim."""
+    name, place = f"fresh-{template}", Path(session.create_tmp()).resolve()
+    shutil.rmtree(place / name, ignore_errors=True)
+    python = alone(session, "./core")
+    cli = [python, "-c", "from clipgraft.cli import main; main()"]
+    env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    session.run(*cli, "new", "plugin", name, f"--{template}", "--out", str(place / name), env=env, external=True)
+    python = alone(session, "./core", str(place / name))  # wheels, so that what isn't packaged isn't there
+    with session.chdir(place):
+        pytest(session, python, name, "-p", "no:cacheprovider")
+        suite = ("--pyargs", "clipgraft.testing.conformance", "--clipgraft-plugin", name)
+        pytest(session, python, *suite, "-p", "no:cacheprovider", CLIPGRAFT_PLUGINS=name)
+    python = alone(session, "./core", "./plugins/toyworld", "./plugins/evaluation", str(place / name))
+    with session.chdir(place):
+        shutil.rmtree("runs", ignore_errors=True)
+        session.run(*cli, "run", f"{name}:tiny", "--out", f"runs/{name}", env=env, external=True)
+        session.run(*cli, "claims", f"{name}/{TEMPLATES[template]}", "--seeds", "3", env=env, external=True)
+
+
+@nox.session(venv_backend="none")
+def together(session: nox.Session) -> None:
+    """Everything in one environment: the conformance suite over every plugin, and plugins on each other's exports."""
+    python = shared(session)
+    plugins = [word for name in ("core", *PLUGINS) for word in ("--clipgraft-plugin", name)]
+    pytest(session, python, "--pyargs", "clipgraft.testing.conformance", *plugins)
+    pytest(session, python, "tests/test_composition.py")
+
+
 @nox.session
 def broken(session: nox.Session) -> None:
     """Packages that go wrong, installed for real beside the command line (without torch, so this one is small)."""

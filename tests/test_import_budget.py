@@ -44,3 +44,16 @@ def test_light_commands_import_nothing_heavy(args: list[str]) -> None:
 
 def test_help_takes_little_cpu() -> None:
     assert min(float(str(start(COMMAND.format(args=["--help"]))["cpu"])) for _ in range(3)) <= 0.35
+
+
+def test_what_every_pytest_loads_is_light() -> None:
+    """The entry point ``pytest11`` is imported in projects that have nothing to do with clipgraft."""
+    code = "import clipgraft.testing.pytest_plugin"
+    assert start(code)["modules"] == [] and min(float(str(start(code)["cpu"])) for _ in range(3)) <= 0.1
+    names = "print(*(name for name in sys.modules if name.startswith('clipgraft')))"
+    done = subprocess.run([sys.executable, "-c", f"import sys, {code[7:]}; {names}"], capture_output=True, text=True)
+    assert set(done.stdout.split()) <= {"clipgraft", "clipgraft.testing", "clipgraft.testing.pytest_plugin"}
+
+
+def test_new_imports_nothing_heavy() -> None:
+    assert start(COMMAND.format(args=["new", "plugin", "--help"]))["modules"] in ([], ["pydantic"])

@@ -224,7 +224,7 @@ def presets_survive_yaml(subject: Subject, registry: Registry) -> list[str]:
                         continue
                     again = complete(r, parse_yaml(dump_yaml(config), origin=name), registry=registry)
                 except ClipgraftError as error:
-                    if not _of_a_missing_plugin(error):
+                    if not _of_a_missing_plugin(error) and (preset or not _asks(error)):
                         raise Violation(f"preset {name}: {one_line(error)}") from error
                     notes.append(f"preset {name}: {one_line(error)}")
                     continue
@@ -290,6 +290,14 @@ def _equal(a: BaseModel, b: BaseModel, where: str) -> None:
     if differing := [key for key in left if left[key] != right.get(key)]:
         key = differing[0]
         raise Violation(f"{where} changes on its way through YAML: {key} was {left[key]!r}, became {right.get(key)!r}")
+
+
+def _asks(error: Exception) -> bool:
+    """Whether only checks of a whole config failed, such as one that asks the user for a score to choose by."""
+    from pydantic import ValidationError
+
+    cause = error.__cause__
+    return isinstance(cause, ValidationError) and all(e["type"] == "value_error" for e in cause.errors())
 
 
 def _of_a_missing_plugin(error: Exception) -> bool:

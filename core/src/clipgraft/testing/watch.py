@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from clipgraft.errors import InputError
 from clipgraft.spec import runhook
 from clipgraft.testing.subject import Violation
 
@@ -47,7 +48,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.seen: list[Seen] = []
-        self.features: tuple[Tensor, ...] = ()
+        self.features: dict[str, Tensor] = {}
         """Probe features of the last encoder that a stage left, before it was written."""
 
     @property
@@ -152,17 +153,23 @@ def probe_pixels(size: tuple[int, int]) -> Tensor:
     return torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
 
 
-def probe(encoder: Encoder) -> tuple[Tensor, ...]:
-    """Unit embeddings of two pictures of noise and, with a text tower, of two texts, each (2, D), in eval mode."""
+def probe(encoder: Encoder) -> dict[str, Tensor]:
+    """Unit embeddings (2, D) of two pictures of noise and two texts, in eval mode; without what it has no tower for.
+
+    A text model alone refuses pictures with an ``InputError``.
+    """
     pixels = probe_pixels(encoder.preprocess.size)
-    device, mode = encoder.logit_scale.device, encoder.training
+    device, mode, found = encoder.logit_scale.device, encoder.training, dict[str, Tensor]()
     encoder.eval()
     with torch.no_grad():
-        text = None if encoder.text is None else encoder.tokenizer(PROBE_TEXTS).to(device)
-        image, words = encoder(encoder.preprocess.normalize(pixels).to(device), text)
+        with suppress(InputError):
+            image, _ = encoder(encoder.preprocess.normalize(pixels).to(device))
+            found["image"] = image.unit().float().cpu()
+        if encoder.text is not None:
+            _, text = encoder(text=encoder.tokenizer(PROBE_TEXTS).to(device))
+            found["text"] = text.unit().float().cpu()
     encoder.train(mode)
-    assert image is not None
-    return (image.unit().float().cpu(), *(() if words is None else (words.unit().float().cpu(),)))
+    return found
 
 
 def _trained(stage: TrainStage) -> dict[str, nn.Parameter]:

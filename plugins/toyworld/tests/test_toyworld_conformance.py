@@ -1,0 +1,7 @@
+"""What every plugin keeps: the conformance suite."""
+
+from clipgraft.testing.conformance import Declarations
+
+
+class TestToyworldDeclares(Declarations):
+    plugin = "toyworld"
