@@ -227,7 +227,9 @@ def test_settings_that_are_mentioned_exist(page: Path, registry: Registry) -> No
     keys = {row.key for cls in recipes if cls for row in describe(cls)}
     keys |= {key.rpartition(".")[0] for key in keys} | {key.split(".", 1)[1] for key in keys if ".train." in key}
     for text in inline(page):
-        if re.fullmatch(r"(model|data|evaluate|train|latent|generator|clip|denoiser|flow)\.[a-z_.]+(?<!\.py)", text):
+        if re.fullmatch(
+            r"(model|data|evaluate|train|latent|generator|clip|denoiser|flow)\.[a-z_.]+(?<!\.py)(?<!\.json)", text
+        ):
             assert text in keys, f"{page.name} mentions {text}, which no recipe has"
 
 
