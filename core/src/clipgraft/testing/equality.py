@@ -43,8 +43,8 @@ class Trace:
     draws: int = 0
 
     def digest(self) -> str:
-        """Of the weights after: equal on all ranks, bit for bit."""
-        rows = [(name, self.after[name].contiguous().flatten().view(torch.uint8)) for name in sorted(self.after)]
+        """Of the trained weights after: equal on all ranks, bit for bit."""
+        rows = [(name, self.after[name].contiguous().flatten().view(torch.uint8)) for name in sorted(self.gradients)]
         return hashlib.sha256(b"".join(name.encode() + x.numpy().tobytes() for name, x in rows)).hexdigest()
 
 
