@@ -31,11 +31,30 @@ class Interrupted(ClipgraftError):
     exit_code = 130
 
 
+def lost_process(error: BaseException) -> str:
+    """What to say when an error is that a process this one relies on is gone; empty for other errors.
+
+    torch raises ``RuntimeError`` and its children for both, so their words tell.
+    """
+    if not isinstance(error, RuntimeError):
+        return ""
+    text = str(error)
+    if "DataLoader worker" in text:
+        return "a process that reads data was killed, perhaps for want of memory: use fewer workers, or make room"
+    if any(words in text for words in ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")):
+        return "another process of this command ended; its own message says why"
+    return ""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str], *, hint: str = "") -> InputError:
     """An ``InputError`` for a name that isn't there, with close matches."""
     import difflib
 
     choices = sorted(known)
     close = difflib.get_close_matches(name, choices, n=3, cutoff=0.5) if len(name) < 200 else []
-    text = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(choices[:12]) or 'none'}."
+    text = (
+        f"did you mean {' or '.join(close)}?"
+        if close
+        else f"known: {', '.join(c[:60] for c in choices[:12]) or 'none'}."
+    )
     return InputError(f"unknown {kind} {name!r:.100}; {text}{' ' + hint if hint else ''}")

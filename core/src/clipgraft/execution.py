@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from clipgraft import distributed, environment, files, launching, retention
-from clipgraft.errors import InputError, Interrupted
+from clipgraft.errors import ClipgraftError, InputError, Interrupted, lost_process
 from clipgraft.log import RunLog
 from clipgraft.recipe import Recipe, StagePlan
 from clipgraft.registry import Registry, current
@@ -147,11 +148,16 @@ def _execute(run: Run, recipe: Recipe) -> Result:
                 for line in environment.compare_results(run):
                     run.log.info(line)
             distributed.barrier()
-    except BaseException as error:
+    except BaseException as found:
+        lost = lost_process(found)
+        error = ClipgraftError(f"{lost}; continue with --resume {run.path}") if lost else found
         stopped = isinstance(error, Interrupted)
-        run.status("interrupted" if stopped else "failed", error=f"{type(error).__name__}: {error}")
+        with suppress(OSError):  # a disk that is full must not hide why
+            run.status("interrupted" if stopped else "failed", error=f"{type(error).__name__}: {error}")
         run.hooks.call("on_error", run=run, error=error)
-        raise
+        if error is found:
+            raise
+        raise error from found
     finally:
         run.hooks.call("on_run_end", run=run)
         if run.config.trackers:
@@ -167,6 +173,7 @@ def _run_stage(run: Run, plan: StagePlan) -> StageResult:
     """Build and run one stage, or take up what it left when it ended in an earlier process."""
     if run.finished(plan.name):
         run.log.info(f"{plan.name}: already done")
+        shutil.rmtree(run.stage_folder(plan.name) / "state", ignore_errors=True)  # of one that was killed in between
         result = run.left_by(plan.name)
         run.encoder = result.encoder or run.encoder
         return result
@@ -215,21 +222,38 @@ def _new_folder(recipe: str) -> Path:
 def _prepare_folder(run: Run, *, resuming: bool) -> None:
     """Create the run directory and write what describes the run; a new run never overwrites another."""
     if run.is_main:
-        if not resuming and run.path.exists() and any(run.path.iterdir()):
+        if not resuming and run.path.exists() and not _begun_at_most(run.path):
             raise InputError(f"{run.path} is not empty; continue it with --resume {run.path}, or choose another --out")
         try:
             run.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"can't create {run.path}: {error.strerror}; choose a writable --out") from error
         run.log.path = run.path / "log.txt"
-        if not resuming:
-            from clipgraft.config.load import dump_yaml
+        try:
+            for left in run.path.rglob(".*.tmp"):  # of writes that were killed
+                left.unlink()
+            files.write_json(run.path / environment.ENVIRONMENT, environment.environment(run))
+            files.write_json(run.path / environment.PLUGINS, run.registry.freeze())
+            if not resuming:
+                from clipgraft.config.load import dump_yaml
 
-            files.write_text(run.path / "config.yaml", dump_yaml(run.config))
-            files.write_text(run.path / "command.txt", shlex.join(sys.argv) + "\n")
-        files.write_json(run.path / environment.ENVIRONMENT, environment.environment(run))
-        files.write_json(run.path / environment.PLUGINS, run.registry.freeze())
+                files.write_text(run.path / "command.txt", shlex.join(sys.argv) + "\n")
+                files.write_text(run.path / "config.yaml", dump_yaml(run.config))
+        except OSError as error:
+            raise InputError(
+                f"can't write in {run.path}: {error.strerror}; make room or choose another --out"
+            ) from error
     distributed.barrier()
+
+
+def _begun_at_most(path: Path) -> bool:
+    """Whether all that is there was written before a run's status: one that was killed so early is begun anew.
+
+    A config.yaml alone is somebody's own.
+    """
+    names = {file.name for file in path.iterdir() if not (file.name.startswith(".") and file.name.endswith(".tmp"))}
+    told = {environment.ENVIRONMENT, environment.PLUGINS, environment.REPEAT, "command.txt", "config.yaml", "log.txt"}
+    return names <= told and (not names or environment.ENVIRONMENT in names)
 
 
 def _steps(path: Path) -> int:

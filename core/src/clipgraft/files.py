@@ -84,6 +84,7 @@ def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, *, dtype: Any = None
 ) -> None:
     """safetensors on the CPU, contiguous and without shared memory; floating tensors cast to ``dtype`` if given."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     ready, seen = {}, set[int]()
@@ -92,7 +93,10 @@ def write_tensors(
         storage = tensor.untyped_storage().data_ptr()
         ready[name] = tensor.clone() if storage in seen else tensor
         seen.add(storage)
-    save_file(ready, path, {"format": "pt", **(metadata or {})})
+    try:
+        save_file(ready, path, {"format": "pt", **(metadata or {})})
+    except SafetensorError as error:  # a full disk, seen from Rust
+        raise OSError(f"{path}: {' '.join(str(error).split())}") from error
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)  # safetensors writes files that only their owner can read

@@ -13,6 +13,8 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from clipgraft import files
+
 
 class Bar:
     """One running step: ``advance`` moves it, ``note`` shows a short text beside it."""
@@ -76,13 +78,13 @@ class RunLog:
 
 
 class MetricsFile:
-    """``metrics.jsonl`` of one stage; reopening it after a resume drops the lines of steps that are done again."""
+    """Lines of one stage by step; reopening the file after a resume drops those of steps that are done again."""
 
     def __init__(self, path: Path, *, is_main: bool, after_step: int = 0) -> None:
         self.path, self.is_main = path, is_main
         if is_main and path.exists():
             lines = [line for line in path.read_text("utf-8").splitlines() if _step_of(line) <= after_step]
-            path.write_text("".join(line + "\n" for line in lines), "utf-8")
+            files.write_text(path, "".join(line + "\n" for line in lines))  # a kill must not lose what was saved
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one JSON line."""

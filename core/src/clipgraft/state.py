@@ -6,7 +6,7 @@ import json
 import random
 import shutil
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ class TrainState:
     average: Average | None
     scaler: Any = None
     sharded: bool = False
+    damaged: list[Path] = field(default_factory=list)
+    """States that ``load_newest`` passed over."""
 
     def save(self, step: int, *, keep: int, extra: dict[str, Any]) -> Path:
         """Write ``step-<n>``; all ranks take part, each with its own random state. Older states beyond ``keep`` go."""
@@ -74,7 +76,9 @@ class TrainState:
                 scaler = self.scaler.state_dict() if self.scaler is not None else None
                 files.write_json(draft / "meta.json", {"step": step, "scaler": scaler, **extra})
         if main:
-            for old in self.saved()[:-keep]:
+            saved = self.saved()
+            done = saved.index(path) + 1  # a later one is damaged, or this step would not be done again
+            for old in [*saved[: max(done - keep, 0)], *saved[done:]]:
                 shutil.rmtree(old, ignore_errors=True)
         distributed.barrier()
         return path
@@ -92,6 +96,7 @@ class TrainState:
             if files.is_whole(path):
                 self._read(path)
                 return {**json.loads((path / "meta.json").read_text("utf-8")), "path": str(path)}
+            self.damaged.append(path)
         return None
 
     def restore_rng(self, path: Path) -> int:

@@ -1,0 +1,93 @@
+"""What kills, full disks and damage leave behind, case by case; tests/faults tries random moments."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from clipgraft import files
+from clipgraft.config.schema import TrainConfig
+from clipgraft.errors import ClipgraftError
+from clipgraft.log import MetricsFile
+from clipgraft.optim import build_optimizer
+from clipgraft.stage import TrainStage
+from clipgraft.state import TrainState
+from clipgraft.types import Batch, StepOutput
+
+
+class Small(TrainStage):
+    """One matrix."""
+
+    def __init__(self) -> None:
+        super().__init__("small", train=TrainConfig(steps=4, batch_size=1, lr=1e-3), source=[])
+        self.out = nn.Linear(3, 2)
+
+    def forward(self, batch: Batch) -> StepOutput:
+        raise AssertionError("is never trained")
+
+
+def state(folder) -> TrainState:
+    stage = Small()
+    return TrainState(folder, stage, build_optimizer(stage, stage.train_config), None)
+
+
+def cut(folder) -> None:
+    file = folder / "stage.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def test_a_damaged_state_of_a_later_step_never_outlives_the_good_ones(tmp_path):
+    """States 4 and 6; 6 is cut in half; the run goes on after 4 and is stopped at 5: that one must stay."""
+    for step in (4, 6):
+        state(tmp_path).save(step, keep=2, extra={})
+    cut(tmp_path / "step-00000006")
+    again = state(tmp_path)
+    assert again.load_newest()["step"] == 4 and [p.name for p in again.damaged] == ["step-00000006"]
+    again.save(5, keep=1, extra={})
+    assert [p.name for p in again.saved()] == ["step-00000005"]
+    assert state(tmp_path).load_newest()["step"] == 5
+
+
+def test_when_every_state_is_damaged_nothing_is_loaded_and_all_are_named(tmp_path):
+    for step in (2, 4):
+        state(tmp_path).save(step, keep=2, extra={})
+        cut(tmp_path / f"step-{step:08d}")
+    again = state(tmp_path)
+    assert again.load_newest() is None and len(again.damaged) == 2
+
+
+def test_metrics_are_rewritten_in_one_rename(tmp_path, monkeypatch):
+    """A resume that dies while it drops the lines of steps to be done again leaves the others."""
+    file = tmp_path / "metrics.jsonl"
+    text = "".join(json.dumps({"step": k}) + "\n" for k in range(1, 6)) + '{"step": 6, "lo'
+    file.write_text(text)
+
+    def die(self, target):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.replace", die)
+        with pytest.raises(OSError, match="No space"):
+            MetricsFile(file, is_main=True, after_step=4)
+    assert file.read_text() == text
+    MetricsFile(file, is_main=True, after_step=4)
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_a_full_disk_seen_from_safetensors_is_one_line_with_the_folder(tmp_path, monkeypatch):
+    """Their error is no OSError; nothing appears under the final name."""
+    from safetensors import SafetensorError
+
+    def full(*args, **more):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with (
+        pytest.raises(ClipgraftError, match=r"out could not be written: .*No space left on device") as error,
+        files.whole_folder(tmp_path / "out") as draft,
+    ):
+        files.write_tensors(draft / "x.safetensors", {"x": torch.zeros(2)})
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
