@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from clipgraft.errors import ClipgraftError, InputError
+from clipgraft.errors import ClipgraftError, InputError, lost_process
 from clipgraft.manifests import one_line
 from clipgraft.registry import Registry, current, use
 
@@ -112,7 +112,9 @@ def main(args: list[str] | None = None) -> None:
     except typer.Abort:
         code = _failed("aborted", 1, debug)
     except Exception as error:
-        if not hasattr(error, "format_message"):
+        if lost := lost_process(error):
+            code = _failed(lost, 1, debug)
+        elif not hasattr(error, "format_message"):
             code = _failed(f"{one_line(error)}; run again with --debug for the traceback", 1, debug)
         elif message := error.format_message():  # wrong usage, from Typer's vendored click
             place = getattr(getattr(error, "ctx", None), "command_path", "clipgraft")
