@@ -85,12 +85,9 @@ class Trainer:
         start = found["step"] if found else 0
         for path in state.damaged:
             run.log.info(f"{stage.name}: {path} is damaged and passed over; going on after step {start}")
-        for path in state.damaged:
-            run.log.info(f"{stage.name}: {path} is damaged and passed over; going on after step {start}")
         loader.load_state_dict(dict(enumerate(found["loaders"])).get(distributed.rank(), {}) if found else {})
         run.load_hooks(stage, found["hooks"] if found else {})
         metrics = MetricsFile(folder / "metrics.jsonl", is_main=run.is_main, after_step=start)
-        MetricsFile(folder / "evaluations.jsonl", is_main=run.is_main, after_step=start)
         MetricsFile(folder / "evaluations.jsonl", is_main=run.is_main, after_step=start)
         batches = loader.iterate(start)
         run.seed_stage(stage.name, per_rank=True)
