@@ -525,6 +525,7 @@ def run_pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_the_suite_needs_no_file(make, tmp_path, monkeypatch):
     make(("plugin.py", 'recipe:Sample"', 'recipe:Simple"'))
     monkeypatch.chdir(tmp_path)
