@@ -5,7 +5,6 @@ Numbers of samples that neither two nor three divide, in batches that aren't who
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from clipgraft.config.schema import EvaluatorNode
 from clipgraft.encoders import load
 from clipgraft.evaluation import evaluate
 from clipgraft.registry import Registry
@@ -33,7 +33,7 @@ NODES: dict[str, dict[str, Any]] = {
     "core/zero-shot": {"data": IMAGES, "per_class": True},
     "evaluation/calibration": {"data": IMAGES},
     "evaluation/clustering": {"data": IMAGES + "&label=shape"},
-    "evaluation/corruption": {"data": IMAGES, "corruptions": ["gaussian_noise"], "severities": [3]},
+    "evaluation/corruption": {"data": IMAGES, "corruptions": ["gaussian-noise"], "severities": [3]},
     "evaluation/geometry": {"data": IMAGES},
     "evaluation/hard-negatives": {"data": CROWDS.replace("&size=64", "")},
     "evaluation/knn": {"data": IMAGES, "train": "toyworld/images?n=31", "k": [1, 5]},
@@ -71,14 +71,8 @@ def measured(name: str) -> dict[str, Any]:
 
         first, second, *_ = open_source(VIDEOS, registry=registry).classes
         node["opposites"] = [[first, second]]
-    text = "&".join(f"{key}={json.dumps(value)}" for key, value in node.items() if key != "data")
     encoder = load("toyworld/clip", registry=registry).eval()
-    found = evaluate(
-        encoder,
-        [f"{name}?{text}@{node['data']}" if text else f"{name}@{node['data']}"],
-        registry=registry,
-        batch_size=8,
-    )
+    found = evaluate(encoder, [EvaluatorNode(use=name, **node)], registry=registry, batch_size=8)
     (evaluation,) = found.values()
     return {"summary": evaluation.summary(), "samples": [dict(row) for row in evaluation.samples]}
 
