@@ -57,19 +57,26 @@ def pytest(session: nox.Session, python: str, *args: str, **variables: str) -> N
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
     """Everything that isn't slow."""
-    pytest(session, shared(session), "-m", "not slow")
+    pytest(session, shared(session), "-m", "not slow and not faults")
 
 
 @nox.session(venv_backend="none")
 def slow(session: nox.Session) -> None:
     """The slow tests, but for those in a browser and of many processes."""
-    pytest(session, shared(session), "-m", "slow and not browser and not distributed")
+    pytest(session, shared(session), "-m", "slow and not browser and not distributed and not faults")
 
 
 @nox.session(venv_backend="none")
 def distributed(session: nox.Session) -> None:
     """Every recipe in two and three processes, whole and sharded, against one; a state of two ranks in four."""
-    pytest(session, shared(session), "core/tests", "tests", "-m", "distributed")
+    pytest(session, shared(session), "-m", "distributed")
+
+
+@nox.session(venv_backend="none")
+def faults(session: nox.Session) -> None:
+    """Kills at fifty moments of each kind of work, full and read-only disks, damage, dead workers, NaN, the clock."""
+    moments = os.environ.get("CLIPGRAFT_FAULTS", "50")
+    pytest(session, shared(session), "tests/faults", "-m", "faults", CLIPGRAFT_FAULTS=moments)
 
 
 @nox.session(venv_backend="none")

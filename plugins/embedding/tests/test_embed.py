@@ -255,6 +255,32 @@ def test_ranks_share_the_parts_and_fail_together(encoder: Encoder, model: str, p
     torch.testing.assert_close(Embeddings.open(two).embeddings, expected, rtol=0, atol=1e-6)
 
 
+def _shared(model: str, photos: Path, out: Path) -> list[int]:
+    """Rows that one of several ranks sees, in seven parts and in one, which leaves ranks without any."""
+    encoder, source = load(model).eval(), open_folder(photos)
+    sizes = {6: out / "seven.safetensors", 64: out / "one.safetensors"}
+    options = {"batch_size": 4, "workers": 0}
+    return [embed(encoder, source, out=path, shard_size=n, **options).about.rows for n, path in sizes.items()]  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_three_processes_write_every_row_once(model: str, photos: Path, tmp_path: Path) -> None:
+    from clipgraft.testing.ranks import run_ranks
+
+    (tmp_path / "alone").mkdir()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert _shared(model, photos, tmp_path / "alone") == [39, 39]
+    finally:
+        torch.set_num_threads(before)
+    assert run_ranks(_shared, 3, model, photos, tmp_path) == [[39, 39]] * 3
+    for name in ("seven", "one"):
+        file = f"{name}.safetensors"
+        assert (tmp_path / file).read_bytes() == (tmp_path / "alone" / file).read_bytes()
+
+
 @pytest.mark.slow
 def test_torchrun_writes_the_same_bytes(
     model: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
