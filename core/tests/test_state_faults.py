@@ -10,7 +10,8 @@ from torch import nn
 
 from clipgraft import files
 from clipgraft.config.schema import TrainConfig
-from clipgraft.errors import ClipgraftError
+from clipgraft.errors import ClipgraftError, lost_process
+from clipgraft.execution import _begun_at_most
 from clipgraft.log import MetricsFile
 from clipgraft.optim import build_optimizer
 from clipgraft.stage import TrainStage
@@ -91,3 +92,29 @@ def test_a_full_disk_seen_from_safetensors_is_one_line_with_the_folder(tmp_path,
     ):
         files.write_tensors(draft / "x.safetensors", {"x": torch.zeros(2)})
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("names", "anew"), [
+    ([], True),
+    (["env.json"], True),
+    (["env.json", "plugins.json", "command.txt", "config.yaml"], True),
+    ([".env.json.0a1b2c3d.tmp"], True),
+    (["config.yaml"], False),
+    (["env.json", "status.json"], False),
+    (["env.json", "thesis.tex"], False),
+])  # fmt: skip
+def test_only_a_folder_of_a_run_that_never_began_is_begun_anew(tmp_path, names, anew):
+    """A config.yaml alone is somebody's own; whatever a run doesn't write keeps the folder from being used."""
+    for name in names:
+        (tmp_path / name).write_text("")
+    assert _begun_at_most(tmp_path) == anew
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "reads data was killed"),
+    (RuntimeError("[..]/pair.cc:534] Connection closed by peer [127.0.0.1]:4242"), "another process"),
+    (RuntimeError("shapes differ"), ""),
+    (OSError("Broken pipe"), ""),
+])  # fmt: skip
+def test_a_lost_process_is_told_apart_from_other_errors(error, said):
+    assert (said in lost_process(error)) and bool(lost_process(error)) == bool(said)

@@ -38,7 +38,7 @@ SEED = int(os.environ.get("CLIPGRAFT_FAULTS_SEED", "0"))
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 ERRORS = {"full": errno.ENOSPC, "read-only": errno.EROFS}
-PATIENCE = 120
+PATIENCE = 300
 """Seconds for one command; a fault must never make one wait."""
 
 
