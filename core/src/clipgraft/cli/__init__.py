@@ -121,6 +121,10 @@ def main(args: list[str] | None = None) -> None:
             code = _failed(f"{message} See {place} --help", 2, debug)
         else:  # a group without a command: its help was printed
             code = 2
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # such as a panic of a library in Rust
+        code = _failed(f"{one_line(error)}; run again with --debug for the traceback", 1, debug)
     raise SystemExit(code if isinstance(code, int) else 0)
 
 

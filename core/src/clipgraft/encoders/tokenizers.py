@@ -68,7 +68,9 @@ class HuggingFaceTokenizer:
                 trust_remote_code=False,  # None asks on the terminal
                 **dict(self.options),
             )
-        except Exception as error:  # damaged files raise anything: tokenizers has one class for all, others have many
+        except BaseException as error:  # damaged files raise anything
+            if not _of_the_library(error):
+                raise
             reason = one_line(error)[:200]
             raise InputError(f"no tokenizer could be read from {self.source} ({reason}); put its files there") from None
 
@@ -81,7 +83,9 @@ class HuggingFaceTokenizer:
         """(B, context_length) int64."""
         try:
             ids: Tensor = self.inner(list(texts))
-        except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:  # of odd settings in its files
+        except BaseException as error:  # of odd settings in its files
+            if not _of_the_library(error):
+                raise
             raise InputError(
                 f"the tokenizer of {self.source} fails: {one_line(error)[:200]}; fetch it again"
             ) from error
@@ -90,6 +94,11 @@ class HuggingFaceTokenizer:
     def save(self, folder: str) -> None:
         """The tokenizer's files, as transformers writes them."""
         self.inner.save_pretrained(folder)
+
+
+def _of_the_library(error: BaseException) -> bool:
+    """Whether an error says that the tokenizers library failed; a panic of its Rust code is no ``Exception``."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def tokenizer_for(text_config: Mapping[str, Any], *, folder: Path | None = None) -> Tokenizer:

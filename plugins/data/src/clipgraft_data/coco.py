@@ -42,10 +42,9 @@ def coco(*, path: str, images: str, max_pixels: int = MAX_PIXELS) -> ImageFiles:
     name, root = f"coco:{path}", _folder(images)
     document = _read(path, name)
     listed = [*_list(document, "images", name), *_list(document, "annotations", name)]
-    if odd := next(
-        (v for row in listed for v in (row.get("id"), row.get("image_id")) if isinstance(v, list | dict)), None
-    ):
-        raise InputError(f"{name}: an id is {odd!r:.60}; expected numbers or texts")
+    ids = [value for row in listed for value in (row.get("id"), row.get("image_id"))]
+    if odd := [value for value in ids if isinstance(value, list | dict)]:
+        raise InputError(f"{name}: an id is {odd[0]!r:.60}; expected numbers or texts")
     files = {row.get("id"): row.get("file_name") for row in _list(document, "images", name)}
     captions: dict[Any, list[Any]] = {key: [] for key in files}
     for row in _list(document, "annotations", name):
