@@ -65,6 +65,9 @@ def _tower(folder: str) -> dict[str, Any]:
             norm = nn.utils.clip_grad_norm_(tower.parameters(), 0.01)
         optimizer.step()
         optimizer.zero_grad()
+        if shards:
+            with shards.whole(), torch.no_grad():
+                tower(x[:1]) if rank() == 0 else None  # the next step must not remember it
     alone = None
     if shards:
         write_shards(Path(folder), {n: p.detach() for n, p in tower.named_parameters()})

@@ -122,7 +122,7 @@ class Shards:
         finally:
             for module in self.modules:
                 module.set_reshard_after_forward(self.reshard and module is not self.step, recurse=False)
-                module.reshard()
+            self.modules[-1].reset_iter_state()  # splits, and forgets what ran in here: it may differ between ranks
 
     def end(self) -> None:
         """Plain modules with plain weights, for good. All ranks take part."""
