@@ -38,7 +38,8 @@ def told_by(run: Run, kept: Sequence[Row]) -> dict[str, Any]:
     from clipgraft.evaluation import comparison, records
 
     before, after = run.measure("before"), run.measure("after")
-    rows = [Row(*name.rpartition(".")[::2], before[name], after[name], after[name] - before[name]) for name in after]
+    both = [name for name in after if name in before]  # a head that the run trained may bring metrics of its own
+    rows = [Row(*name.rpartition(".")[::2], before[name], after[name], after[name] - before[name]) for name in both]
     with suppress(ClipgraftError):  # no samples were kept: values without a test
         folder = run.path / "evaluation"
         rows = comparison.compare(records.read(folder / "before"), records.read(folder / "after"), log=run.log)

@@ -15,6 +15,7 @@ from clipgraft.data.base import Sample
 from clipgraft.data.loader import TrainLoader
 from clipgraft.distributed import rank, world_size
 from clipgraft.errors import ClipgraftError, InputError
+from clipgraft.launching import Layout
 from clipgraft.losses.base import LossInputs
 from clipgraft.losses.contrastive import ClipLoss
 from clipgraft.testing.ranks import run_ranks
@@ -340,7 +341,7 @@ def test_accumulation_is_exact():
         def __init__(self):
             self.accelerator = self
 
-        scaler, unwrap_model, autocast = None, staticmethod(lambda m: m), staticmethod(torch.no_grad)
+        scaler, unwrap_model, autocast, layout = None, staticmethod(lambda m: m), staticmethod(torch.no_grad), Layout()
 
         def backward(self, loss):
             loss.backward()
