@@ -39,6 +39,8 @@ class Begins:
 class HeadStage(TrainStage):
     """The CLIP head learns the CLIP teacher's embeddings over a frozen SAM tower (stages I and III)."""
 
+    reaches_into_blocks = True  # layers of the head are run in parts, and ``taken`` asks for all parameters at once
+
     def __init__(
         self,
         name: str,
