@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -98,6 +100,17 @@ def test_gathering_flags_and_means():
 def _fail() -> None:
     if rank() == 1:
         raise ValueError("rank one gives up")
+
+
+def variables():
+    return {name: value for name, value in os.environ.items() if name.startswith("CLIPGRAFT_")}
+
+
+def test_ranks_have_the_variables_of_now(monkeypatch):
+    monkeypatch.setenv("CLIPGRAFT_PLUGINS", "first")
+    assert run_ranks(variables, 2) == [variables()] * 2 and variables()["CLIPGRAFT_PLUGINS"] == "first"
+    monkeypatch.delenv("CLIPGRAFT_PLUGINS")
+    assert run_ranks(variables, 2) == [variables()] * 2 and "CLIPGRAFT_PLUGINS" not in variables()
 
 
 def test_a_failing_rank_is_reported():

@@ -7,14 +7,22 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 
-def _worker(pipe: Connection, rank: int, world: int, port: int) -> None:
+def _ours(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables that are clipgraft's."""
+    return {name: value for name, value in environ.items() if name.startswith("CLIPGRAFT_")}
+
+
+def _worker(pipe: Connection, rank: int, world: int, port: int, settings: Mapping[str, str]) -> None:
+    for name in _ours(os.environ):  # the fork server has those of the test that started it
+        del os.environ[name]
+    os.environ |= settings
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
@@ -99,7 +107,9 @@ class Ranks:
             port = probe.getsockname()[1]
         for rank in range(self.world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_worker, args=(theirs, rank, self.world, port), daemon=False)
+            process = context.Process(
+                target=_worker, args=(theirs, rank, self.world, port, _ours(os.environ)), daemon=False
+            )
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
