@@ -99,12 +99,13 @@ class Arena:
         elif event in CHANGES:
             copies = event in ("os.link", "os.symlink", "shutil.copyfile")
             for path in args[1:2] if copies else args[:2] if event in ("os.rename", "shutil.move") else args[:1]:
-                self._may_write(event, path)
+                self._may_write(event, path, folder=args[-1] if event in ("os.mkdir", "os.remove", "os.rmdir") else -1)
 
-    def _may_write(self, event: str, path: Any) -> None:
+    def _may_write(self, event: str, path: Any, *, folder: int = -1) -> None:
         if isinstance(path, int):
             return
-        place = os.path.abspath(os.fsdecode(path))
+        here = os.readlink(f"/proc/self/fd/{folder}") if folder >= 0 else os.getcwd()
+        place = os.path.normpath(os.path.join(here, os.fsdecode(path)))
         free = (str(self.out), str(self.scratch), "/dev/")
         if not place.startswith(free) and "__pycache__" not in place and not place.endswith(".pyc"):
             self.happened.append(f"{event} {place}")

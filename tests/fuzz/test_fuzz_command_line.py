@@ -142,6 +142,14 @@ def test_any_words_at_all_are_done_or_refused(arena, place, words):
     arena.command(*words)
 
 
+@pytest.mark.parametrize("command", ["eval {} --on zero-shot --data csv:pairs.csv", "merging soup {} --out {out}/x"])
+@pytest.mark.parametrize("name", ["~nobody-here/x", "x" * 300, "x/" * 3000])
+def test_a_place_that_can_not_be_is_one_line(arena, place, command, name):
+    if command.split()[0] not in {name.split()[0] for name in COMMANDS}:
+        pytest.skip("the plugin is not here")
+    assert arena.command(*(word.format(name, out=arena.out) for word in command.split())).code in (1, 2)
+
+
 # -- plugin files --------------------------------------------------------------------------------------------------
 
 HEAD = "from clipgraft.spec import CommandSpec, Component, hookimpl\n"

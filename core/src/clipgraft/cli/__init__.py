@@ -114,6 +114,8 @@ def main(args: list[str] | None = None) -> None:
     except Exception as error:
         if lost := lost_process(error):
             code = _failed(lost, 1, debug)
+        elif isinstance(error, RuntimeError) and "home directory" in str(error):  # of Path.expanduser, anywhere
+            code = _failed("a path starts with ~ and a name that no user has; write the path in full", 2, debug)
         elif not hasattr(error, "format_message"):
             code = _failed(f"{one_line(error)}; run again with --debug for the traceback", 1, debug)
         elif message := error.format_message():  # wrong usage, from Typer's vendored click
