@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from clipgraft import distributed
@@ -160,7 +160,8 @@ def expected(stage: TrainStage, batches: list[Batch], states: list[dict[str, Ten
             drew = drew or not _alike(state, rng_state())
         mean = torch.stack([output.loss for output in outputs]).mean()
         found.append(("of one process for the same samples", _gradient(stage, mean)))
-    if not drew:
+    norms = [m for m in stage.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    if not drew and (stage.batch_coupled or not norms):  # batch norm sees the samples of its rank, which is no mistake
         before = rng_state()
         gradient = _gradient(stage, stage(whole).loss)
         more = "" if stage.batch_coupled else "; if samples are contrasted, set batch_coupled and gather the features"
