@@ -45,4 +45,6 @@ def test_parts_of_several_plugins_make_one_run(registry: Registry, tmp_path: Pat
     run = trial.run("run", config, watch := Watch())
     manifest = read_manifest(run / "export")
     assert watch.steps == HALF and manifest["level"] == "L0"
-    assert [(graft["use"], graft["merged"]) for graft in manifest["grafts"]] == [("core/lora", True)]
+    assert manifest["grafts"] == [], "the run's model is the stage's, whose adapters are in its weights"
+    trained = read_manifest(run / "stages" / "00-train" / "result" / "encoder")
+    assert [(graft["use"], graft["merged"]) for graft in trained["grafts"]] == [("core/lora", True)]

@@ -421,6 +421,7 @@ def test_the_hubs_own_client_sends_everything_and_load_reads_it_back(tmp_path, r
     there = f"http://127.0.0.1:{server.server_port}"
     env = {**os.environ, "CLIPGRAFT_PLUGINS": "", "HF_ENDPOINT": there, "HF_HOME": str(tmp_path / "home")}
     env |= {"HF_TOKEN": "hf_verysecret", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    env |= {"HF_HUB_OFFLINE": "0"}
 
     def run(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, *words], env={**env, **more}, capture_output=True, text=True)

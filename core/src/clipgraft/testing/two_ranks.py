@@ -7,6 +7,8 @@ the process group hidden. That is
 - for a ``ContrastiveStage``: features of both halves under their random states, then the loss of the whole batch;
 - for another stage with ``batch_coupled``: one forward on the whole batch, if that draws nothing;
 - for any other stage: the mean of the losses of both halves, which, if nothing is drawn, is also that of the whole.
+
+A stage with a loader of its own reads what no batch holds; there the ranks are compared with each other alone.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from clipgraft import distributed
+from clipgraft.data.loader import TrainLoader
 from clipgraft.spec import runhook
 from clipgraft.stage import ContrastiveStage, TrainStage
 from clipgraft.state import rng_state, set_rng_state
@@ -62,7 +65,7 @@ def ranks_agree(trial: Trial) -> None:
     if trained != compared:
         raise NotApplicable(
             f"{trial.recipe.name}: gradients and weights are equal on both ranks; whether they are those of one "
-            "process can't be told where a loss of the whole batch draws random numbers"
+            "process can't be told where a loss of the whole batch draws random numbers, or a stage has its own loader"
         )
 
 
@@ -98,8 +101,10 @@ class Compare:
         batches, held = distributed.to_all(batch), rng_state()
         states = distributed.to_all(held)
         kept = [(m, n, b, b.clone()) for m in stage.modules() for n, b in m._buffers.items() if b is not None]
-        with one_process():
-            self.wanted = expected(stage, batches, states)
+        own_loader = any(isinstance(value, TrainLoader) for m in stage.modules() for value in vars(m).values())
+        if not own_loader:
+            with one_process():
+                self.wanted = expected(stage, batches, states)
         for module, name, buffer, value in kept:  # a step may put another tensor in a buffer's place
             module._buffers[name] = buffer.copy_(value)
         set_rng_state(held)
