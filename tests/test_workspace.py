@@ -81,6 +81,29 @@ def test_a_manifest_imports_records_only(plugin: str) -> None:
     assert all(module.startswith(own) for module in later)
 
 
+@pytest.mark.parametrize("plugin", PLUGINS)
+def test_the_core_knows_what_to_install_for_every_name(plugin: str) -> None:
+    """Names that are typed, such as in ``clipgraft run m2-clip``, when the plugin that brings them is missing."""
+    from clipgraft.registry import KNOWN_PLUGINS, Registry, current
+
+    typed = ("recipe", "dataset", "evaluator")
+    records = [record for kind in typed for record in current().list(kind) if record.plugin == plugin]
+    assert {record.component.name for record in records} <= set(KNOWN_PLUGINS[plugin].split())
+    for record in records:
+        assert f"pip install clipgraft-{plugin}" in Registry().hint(record.component.name)
+
+
+def test_the_guide_names_every_session() -> None:
+    tree = ast.parse((ROOT / "noxfile.py").read_text("utf-8"))
+    sessions = {
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and "nox.session" in " ".join(map(ast.unparse, node.decorator_list))
+    }
+    guide = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    assert sessions == set(re.findall(r"^\| `nox -s \"?(\w+)", guide, re.MULTILINE))
+
+
 def test_click_is_never_imported() -> None:
     for path in [*ROOT.glob("core/src/**/*.py"), *ROOT.glob("plugins/*/src/**/*.py")]:
         assert "click" not in {module.partition(".")[0] for module in imports(path)}, path

@@ -35,15 +35,19 @@ COMMANDS_OF = {
 """Commands that the core leaves to plugins of the project, so that it stays small; others offer their own group."""
 
 KNOWN_PLUGINS = {
-    "anomaly": "anomalyclip genclip winclip clipn mvtec visa parts parts-table onnx",
+    "anomaly": "anomalyclip genclip winclip clipn mvtec visa parts parts-table onnx clipn-ood inspection",
     "diffusion": "diva genhancer genhancer-discrete un2clip sds-clip",
     "data": "wds hf table karpathy coco mix",
     "embedding": "onnx-towers",
-    "evaluation": "mmvp aro sugarcrepe winoground knn clustering calibration out-of-distribution corruption geometry",
-    "llm": "llm2clip caption-contrast long-clip negclip count-to-ten clip-refine tinyclip reinforce captions",
-    "merging": "soup wise-ft ties opcm sam-clip agglomerate radio clip-moe ewa segmentation zero-shot-seg",
-    "toyworld": "images pairs defects videos digits photos clip clip-1 clip-2 retention",
-    "video": "vifi-clip x-clip ez-clip froster tempme video msrvtt",
+    "evaluation": "mmvp aro sugarcrepe winoground knn clustering calibration out-of-distribution corruption geometry "
+    "hard-negatives pairs-grid",
+    "llm": "llm2clip caption-contrast long-clip negclip count-to-ten clip-refine tinyclip reinforce captions docci "
+    "sharegpt4v urban1k caption-retrieval long-retrieval",
+    "merging": "soup wise-ft ties opcm sam-clip agglomerate radio clip-moe ewa segmentation zero-shot-seg continual "
+    "ingredients kept-masks masked-zero-shot-seg prompted-masks word-segments",
+    "toyworld": "images pairs defects videos digits photos clip clip-1 clip-2 retention crowds",
+    "video": "vifi-clip x-clip ez-clip froster tempme video msrvtt dist ila m2-clip prompt-switch vifi-clip-prompts "
+    "classification classifier cost order text-retrieval",
 }
 """Plugins of the project and the names people look for, only to say what to install."""
 
