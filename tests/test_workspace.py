@@ -125,5 +125,5 @@ def test_the_core_stays_within_its_limits() -> None:
     texts = {path: path.read_text("utf-8") for path in (ROOT / "core" / "src").rglob("*.py")}
     tests = [text for path, text in texts.items() if counter.TESTING in path.parents]
     assert sum(map(counter.code_lines, tests)) <= 1500
-    assert sum(map(counter.code_lines, texts.values())) - sum(map(counter.code_lines, tests)) <= 7900
+    assert sum(map(counter.code_lines, texts.values())) - sum(map(counter.code_lines, tests)) <= 8050
     assert not [path for path, text in texts.items() if len(text.splitlines()) > 500]

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from clipgraft import distributed, environment, files, launching, retention
+from clipgraft import distributed, environment, files, launching, performance, retention
 from clipgraft.errors import ClipgraftError, InputError, Interrupted, lost_process
 from clipgraft.log import RunLog
 from clipgraft.recipe import Recipe, StagePlan
@@ -97,14 +97,15 @@ def run_recipe(
     if config.threads:
         torch.set_num_threads(config.threads)
     registry.requires(list(config.requires))
+    config, settled = performance.settled(config)
     plan_maker: Recipe = registry.resolve(registered.component.target)(config)
     run = Run(path=path, config=config, recipe=registered, registry=registry, log=RunLog())
     if problems := plan_maker.check(run):
         raise InputError("; ".join(problems))
     told = environment.differences(other, run) if other is not None else []
     if dry_run:
-        for line in told:
-            run.log.info(f"otherwise than in {other}: {line}")
+        for line in settled + [f"otherwise than in {other}: {line}" for line in told]:
+            run.log.info(line)
         if run.layout != launching.Layout():
             run.log.info(f"would need {run.layout}")
         for stage in plan_maker.plan():
@@ -112,6 +113,8 @@ def run_recipe(
         return Result(path, None, "dry-run", 0, {}, 0.0)
     launching.refuse_fewer(run.layout)
     _prepare_folder(run, resuming=resume is not None)
+    for line in settled:
+        run.log.info(line)
     if other is not None and run.is_main:
         files.write_json(run.path / environment.REPEAT, {"of": str(other.resolve()), "differences": told})
         for line in told:
@@ -130,7 +133,8 @@ def _execute(run: Run, recipe: Recipe) -> Result:
     if run.config.trackers:
         run.accelerator.init_trackers(run.recipe.name.replace("/", "-"))
     try:
-        with _stop_on_signals(run), environment.determinism(run.config.deterministic):
+        kernels = performance.kernels(run.config.performance)
+        with _stop_on_signals(run), environment.determinism(run.config.deterministic), kernels:
             run.status("running")
             run.hooks.call("on_run_start", run=run)
             run.measure("before")

@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import BeforeValidator, Field, model_validator
 from torch import nn
 
-from clipgraft import distributed, retention
+from clipgraft import distributed, performance, retention
 from clipgraft.config.load import assign, complete, gather, load_run, merge
 from clipgraft.config.schema import Config, DataConfig, RunConfig
 from clipgraft.errors import ClipgraftError, InputError, Interrupted
@@ -31,7 +31,7 @@ from clipgraft.spec import runhook
 from clipgraft.stage import JobStage, StageResult
 
 START, OWN = "start", "steps"
-SHARED = ("data", "precision", "threads", "deterministic", "distributed")
+SHARED = ("data", "precision", "performance", "threads", "deterministic", "distributed")
 """What the pipeline gives to every step when it isn't the default; its model and its seed are always given."""
 
 
@@ -143,6 +143,7 @@ class Pipeline:
             registered, config = step_config(self.config, step, models=models, registry=run.registry)
         retention.check(config, registry=run.registry)
         run.registry.requires(list(config.requires))
+        config, _ = performance.settled(config)
         recipe: Recipe = run.registry.resolve(registered.component.target)(config)
         return Run(path=folder, config=config, recipe=registered, registry=run.registry, log=RunLog()), recipe
 

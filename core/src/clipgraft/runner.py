@@ -170,6 +170,7 @@ class Run:
                 log=self.log,
                 classifiers=self._classifiers,
                 spread=spread,
+                precision="bf16" if settings.precision == "bf16" else "fp32",
             )
 
     def measure(self, when: str) -> dict[str, float]:

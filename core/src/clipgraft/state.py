@@ -154,6 +154,9 @@ class TrainState:
             index, _, name = key.partition(".")
             state.setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict({"state": state, "param_groups": described["param_groups"]})
+        for p, moments in self.optimizer.state.items():  # fused kernels pair elements by their place in memory
+            found = {k: x for k, x in moments.items() if torch.is_tensor(x) and x.shape == p.shape}
+            moments.update({k: torch.empty_like(p).copy_(x) for k, x in found.items() if x.stride() != p.stride()})
         if self.average is not None:
             for key, value in stored["average"].items():
                 self.average.shadow[key].copy_(value)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from clipgraft import distributed, files
+from clipgraft import distributed, files, performance
 from clipgraft.config.schema import TrainConfig
 from clipgraft.errors import ClipgraftError, InputError, Interrupted, NonFiniteLossError
 from clipgraft.log import MetricsFile
@@ -72,6 +72,10 @@ class Trainer:
 
     def fit(self, run: Run, stage: TrainStage) -> StageResult:
         """Train ``stage`` to its last step, resuming from the newest state on disk; returns what the stage leaves."""
+        with performance.prepared(stage, run.config.performance):
+            return self._fit(run, stage)
+
+    def _fit(self, run: Run, stage: TrainStage) -> StageResult:
         cfg, accelerator, folder = self.config, run.accelerator, run.stage_folder(stage.name)
         self._check(stage)
         loader = run.train_loader(stage)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import redirect_stdout
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,14 @@ import typer
 
 from clipgraft.cli.output import JsonFlag, emit
 from clipgraft.registry import current
+
+
+class Precision(StrEnum):
+    """As ``evaluate.precision``."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
 
 
 def evaluate(
@@ -33,6 +42,9 @@ def evaluate(
     cache: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep features here, under hashes of weights and data.")
     ] = None,
+    precision: Annotated[
+        Precision, typer.Option(help="Of the towers; auto is bf16 where the hardware is made for it.")
+    ] = Precision.fp32,
     json: JsonFlag = False,
 ) -> None:
     """Measure a model, e.g. clipgraft eval toyworld/clip --on zero-shot --data toyworld/images?split=test"""
@@ -41,21 +53,25 @@ def evaluate(
     from clipgraft.evaluation import records
     from clipgraft.evaluation.suites import check_requested, requested
     from clipgraft.log import RunLog
+    from clipgraft.performance import fast_precision, quick_products
 
     check_requested(on or (), suite, registry=current())
     with redirect_stdout(sys.stderr):  # whatever libraries print
         accelerator = distributed.make_accelerator("fp32")  # under torchrun each process encodes its share
         encoder = load(model, registry=current()).eval().to(accelerator.device)
-        found = evaluation.evaluate(
-            encoder,
-            requested(on or (), suite, encoder, registry=current()),
-            registry=current(),
-            default_data=data,
-            batch_size=batch_size,
-            log=RunLog(is_main=accelerator.is_main_process),
-            workers=workers,
-            cache=cache,
-        )
+        asked = fast_precision(accelerator.device.type) if precision is Precision.auto else precision.value
+        with quick_products(accelerator.device):
+            found = evaluation.evaluate(
+                encoder,
+                requested(on or (), suite, encoder, registry=current()),
+                registry=current(),
+                default_data=data,
+                batch_size=batch_size,
+                log=RunLog(is_main=accelerator.is_main_process),
+                workers=workers,
+                cache=cache,
+                precision="bf16" if asked == "bf16" else "fp32",
+            )
         if out is not None and accelerator.is_main_process:
             records.save(out, found)
     if not accelerator.is_main_process:

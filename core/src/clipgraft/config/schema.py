@@ -144,6 +144,7 @@ class EvaluateConfig(Config):
     on: tuple[EvaluatorRef, ...] = Field((), description="evaluators before and after the run, and every n steps")
     data: str | None = Field(None, description="default data reference of the evaluators")
     batch_size: int = Field(256, gt=0, description="images per forward pass")
+    precision: Literal["auto", "fp32", "bf16"] = Field("fp32", description="autocast of what is measured")
     every_stage: bool = Field(False, description="measure between stages too")
     retention: str | tuple[EvaluatorRef, ...] = Field(
         "auto",
@@ -158,6 +159,16 @@ class DistributedConfig(Config):
     processes: int | None = Field(None, gt=0, description="refuse to run as another number of processes; null: any")
     shard: bool = Field(False, description="split weights, gradients and optimizer state over the processes (FSDP2)")
     file: str | None = Field(None, description="Accelerate's configuration file: the number of processes, and FSDP2")
+
+
+class PerformanceConfig(Config):
+    """How the arithmetic is done. ``auto`` is settled from the hardware when the run starts, and written down so."""
+
+    compile: bool | Literal["auto"] = Field(False, description="torch.compile the blocks of a stage while it trains")
+    channels_last: bool | Literal["auto"] = Field(False, description="memory order of convolutions in training")
+    attention: Literal["auto", "flash", "efficient", "cudnn", "math"] = Field(
+        "auto", description="kernel of torch's scaled dot product attention; auto leaves it to torch"
+    )
 
 
 class CardConfig(Config):
@@ -181,8 +192,17 @@ class RunConfig(Config):
     hooks: tuple[HookRef, ...] = Field((), description="lifecycle hooks to switch on")
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field((), description="also log there")
     requires: tuple[str, ...] = Field((), description="requirements of plugins, such as clipgraft-diffusion>=0.1")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast; weights stay fp32")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("fp32", description="autocast; weights stay fp32")
+    performance: PerformanceConfig = PerformanceConfig()
     seed: int = Field(0, ge=0, description="of everything that is drawn")
     deterministic: bool = Field(False, description="only kernels that give the same bits every time; may be slower")
     threads: int | None = Field(None, gt=0, description="CPU threads of this process; null leaves them")
     distributed: DistributedConfig = DistributedConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_in_a_word(cls, values: Any) -> Any:
+        """``performance: auto`` is auto for each of its keys, and for a precision that isn't set."""
+        if not isinstance(values, dict) or values.get("performance") != "auto":
+            return values
+        return {"precision": "auto", **values, "performance": dict.fromkeys(PerformanceConfig.model_fields, "auto")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import MutableMapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from clipgraft.config.schema import EvaluatorNode, evaluator_named
 from clipgraft.errors import InputError
@@ -31,13 +31,15 @@ def evaluate(
     workers: int | None = None,
     cache: Path | str | None = None,
     spread: bool = True,
+    precision: Literal["fp32", "bf16"] = "fp32",
 ) -> dict[str, Evaluation]:
     """Run the evaluators ("NAME[?KEY=VALUE&...][@SRC]") by full name; those listed more than once as "NAME@SRC".
 
     Samples that can't be read are left out and counted by the metric ``skipped``. ``classifiers`` keeps class
     embeddings between calls, for encoders whose text tower doesn't change. ``workers`` decode images; None starts as
     many as there are cores, when reading would take seconds. ``cache``: a folder that keeps features between calls,
-    under hashes of weights and data. ``spread`` False leaves out the intervals, which take time.
+    under hashes of weights and data. ``spread`` False leaves out the intervals, which take time. ``precision`` bf16
+    computes the towers under autocast; embeddings are fp32 all the same.
     With a process group all ranks call this, share the work, and have all results.
     """
     from clipgraft.data import open_source
@@ -64,6 +66,7 @@ def evaluate(
         log=log,
         workers=workers,
         cache=None if cache is None else FeatureCache(Path(cache)),
+        precision=precision,
     )
     found = {}
     with use(registry):  # for evaluators that open further data

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,8 +24,8 @@ from clipgraft.evaluation.sharding import all_rows, together
 from clipgraft.log import RunLog
 from clipgraft.types import FeatureRequest
 
-PROMPTS = 2**16
-"""Prompts of a classifier that are encoded at a time."""
+BF16, PROMPTS = torch.bfloat16, 2**16
+"""What bf16 is to torch; prompts of a classifier that are encoded at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ class EncoderFeatures:
     the last bit those of one process, so that all ranks must ask for the same. ``tokens`` are fingerprints of sources
     whose tokens will be asked for, so that one pass brings both. ``classifiers`` may outlive this object: a key covers
     all that its value depends on. ``workers``: as ``evaluation_batches`` takes it. ``cache``: features on disk.
+    ``precision`` bf16 is autocast of the towers.
     """
 
     def __init__(
@@ -56,9 +58,11 @@ class EncoderFeatures:
         log: RunLog | None = None,
         workers: int | None = 0,
         cache: FeatureCache | None = None,
+        precision: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
         self.encoder, self.batch_size, self._tokens, self.log = encoder, batch_size, tokens, log
         self.workers, self._cache, self._outlives = workers, cache, classifiers is not None
+        self.precision = precision
         self._classifiers: MutableMapping[str, Tensor] = {} if classifiers is None else classifiers
         self._passes: dict[str, Pass] = {}
         self._digests: dict[str, str] = {}
@@ -238,12 +242,16 @@ class EncoderFeatures:
 
     def _image_key(self, source: Source | PairSource, tokens: bool) -> str:
         data = type(source).__qualname__, len(source), source.fingerprint
-        return key_of("images", self._digest("image"), self.encoder.preprocess, data, tokens)
+        return key_of("images", self._digest("image"), self.encoder.preprocess, data, tokens, *self._rounding())
 
     def _text_key(self, ids: Tensor, each: int = 0) -> str:
         """Weights are hashed only when someone outlives them."""
         weights = self._digest("text") if self._outlives or self._cache else ""
-        return key_of("texts", weights, each, tuple(ids.shape), ids.int().contiguous().numpy().tobytes())
+        given = tuple(ids.shape), ids.int().contiguous().numpy().tobytes()
+        return key_of("texts", weights, each, *given, *self._rounding())
+
+    def _rounding(self) -> tuple[str, ...]:
+        return () if self.precision == "fp32" else (self.precision,)
 
     def _digest(self, tower: str) -> str:
         if tower not in self._digests:
@@ -264,7 +272,7 @@ class EncoderFeatures:
         modes = {module: module.training for module in self.encoder.modules()}
         self.encoder.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(self._parameter().device.type, BF16, enabled=self.precision == "bf16"):
                 yield
         finally:
             for module, mode in modes.items():

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from clipgraft.encoders.base import Encoder
 from clipgraft.encoders.towers import VitImage
 from clipgraft.files import tensors_digest
+from clipgraft.performance import quick_products
 
 Kind = Literal["images", "texts"]
 Precision = Literal["fp32", "bf16"]
@@ -53,11 +54,13 @@ class Tower:
                 pixels = pixels.float().div(255) if pixels.dtype == torch.uint8 else pixels
                 pixels = self.encoder.preprocess.normalize(pixels).to(parameter.dtype)
                 short = not self.encoder.data.grafts and _pools_class_token(self.module)
-                pooled = _class_token_only(self.module, pixels) if short else self.module(pixels).pooled
+                with quick_products(parameter.device):
+                    pooled = _class_token_only(self.module, pixels) if short else self.module(pixels).pooled
             else:
                 assert self.tokenizer is not None and self.encoder.text is not None
                 ids = self.encoder.text.trim(self.tokenizer(batch))
-                pooled = self.module(ids.to(parameter.device)).pooled
+                with quick_products(parameter.device):
+                    pooled = self.module(ids.to(parameter.device)).pooled
         finally:
             for module in modes:
                 module.training = True
