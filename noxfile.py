@@ -199,8 +199,9 @@ def claims(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
-    """Every benchmark, or those named: ``nox -s bench -- cli_start``."""
-    python = shared(session)
-    for path in sorted((ROOT / "benchmarks").glob("*.py")):
-        if not session.posargs or path.stem in session.posargs:
-            session.run(python, str(path), external=True)
+    """The guard over the benchmarks' ratios, its own words behind ``--``; or those named: ``nox -s bench -- memory``."""
+    python, folder = shared(session), ROOT / "benchmarks"
+    named = [word for word in session.posargs if (folder / f"{word}.py").is_file()]
+    runs = [[str(folder / f"{name}.py")] for name in named] or [[str(folder / "guard.py"), *session.posargs]]
+    for words in runs:
+        session.run(python, *words, env={"OMP_NUM_THREADS": "1"}, external=True)
