@@ -199,7 +199,7 @@ def claims(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
-    """The guard over the benchmarks' ratios, its own words behind ``--``; or those named: ``nox -s bench -- memory``."""
+    """The guard over the benchmarks' ratios, with its own words; or those named: ``nox -s bench -- memory``."""
     python, folder = shared(session), ROOT / "benchmarks"
     named = [word for word in session.posargs if (folder / f"{word}.py").is_file()]
     runs = [[str(folder / f"{name}.py")] for name in named] or [[str(folder / "guard.py"), *session.posargs]]
