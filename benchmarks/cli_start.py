@@ -1,6 +1,6 @@
 """What starting the command line costs, in CPU seconds, against importing torch and open_clip in the same run.
 
-python benchmarks/cli_start.py [--plugins 20] [--repeat 5] [--json]
+python benchmarks/cli_start.py [--plugins 20] [--repeat 5] [--json | --markdown]
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from table import table
 
 STUB = """from clipgraft.spec import CommandSpec, Component, hookimpl
 
@@ -63,6 +65,7 @@ def main() -> None:
     parser.add_argument("--plugins", type=int, default=20, help="stub plugins beside the installed ones")
     parser.add_argument("--repeat", type=int, default=5, help="the smallest of this many is reported")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         write_stubs(Path(folder), options.plugins)
@@ -73,8 +76,8 @@ def main() -> None:
     if options.json:
         print(json.dumps({"plugins": options.plugins, "repeat": options.repeat, "cases": rows}))
         return
-    for name, row in rows.items():
-        print(f"{name:32} {row['cpu_seconds']:7.3f} CPU s   {row['x_torch']:6.3f} x import torch")
+    lines = [(name, row["cpu_seconds"], row["x_torch"]) for name, row in rows.items()]
+    print(table(("what", "CPU s", "of import torch"), lines, markdown=options.markdown))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ file to normalised embedding. The peer is what one writes by hand: open_clip's p
 alternate; the best CPU time (workers included) of each counts. CPU time is the anchor on a machine that is shared;
 wall time is comparable only where nothing else runs.
 
-    python benchmarks/embed_throughput.py [--model ViT-B-32] [--images 400] [--threads 1] [--workers 1] [--json]
+    python benchmarks/embed_throughput.py [--model ViT-B-32] [--images 400] [--threads 1] [--workers 1]
+        [--json | --markdown]
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from table import table
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -133,6 +135,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     encoder, full, half, preprocess = opened(options.model)
@@ -178,14 +181,22 @@ def main() -> None:
     if options.json:
         print(json.dumps({"cases": rows, "decode_ms": decoding, "budget": BUDGET, **vars(options)}))
         return
-    print(f"{'case':16}{'CPU s':>9}{'x':>7}{'wall s':>9}{'x':>7}{'images/s':>10}{'cosine error':>14}")
-    for case, row in rows.items():
-        aim = f"  aim {BUDGET[case]}x" if case in BUDGET else ""
-        print(
-            f"{case:16}{row['cpu_seconds']:9.2f}{row['cpu_ratio']:7.3f}{row['wall_seconds']:9.2f}"
-            f"{row['wall_ratio']:7.3f}{row['images_per_second']:10.1f}{row['max_cosine_error']:14.1e}{aim}"
+    lines = [
+        (
+            case,
+            f"{row['cpu_seconds']:.2f}",
+            f"{row['cpu_ratio']:.3f}",
+            f"{row['wall_seconds']:.2f}",
+            f"{row['wall_ratio']:.3f}",
+            f"{row['images_per_second']:.1f}",
+            f"{row['max_cosine_error']:.0e}",
+            BUDGET.get(case, ""),
         )
-    print("file to pixels: " + ", ".join(f"{way} {ms:.2f} ms" for way, ms in decoding.items()) + " of CPU per image")
+        for case, row in rows.items()
+    ]
+    header = ("case", "CPU s", "times as fast", "wall s", "times as fast", "images/s", "cosine error", "aim")
+    print(table(header, lines, markdown=options.markdown))
+    print("\nfile to pixels: " + ", ".join(f"{way} {ms:.2f} ms" for way, ms in decoding.items()) + " of CPU per image")
 
 
 if __name__ == "__main__":

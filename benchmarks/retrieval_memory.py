@@ -4,7 +4,7 @@ N images and N captions as random unit vectors. The peer holds all scores and al
 rows at a time, the k best as one-hot rows over all candidates, as CLIP-benchmark does; it is written here from that
 description. Each case runs in a process of its own; memory is the peak of RssAnon above its value before.
 
-    python benchmarks/retrieval_memory.py [--size 10000] [--dim 512] [--repeats 1] [--json]
+    python benchmarks/retrieval_memory.py [--size 10000] [--dim 512] [--repeats 1] [--json | --markdown]
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from table import table
 
 KS = (1, 5, 10)
 CASES = {"one-hot": "all scores, the k best as one-hot rows", "ours": "ranks, a bounded number of scores at a time"}
@@ -108,6 +110,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
@@ -129,10 +132,10 @@ def main() -> None:
     if options.json:
         print(json.dumps({"size": options.size, "cases": rows, **ratios, "metrics": runs["ours"][0]["metrics"]}))
         return
-    print(f"recall among {options.size} images and as many captions\n{'case':10}{'CPU s':>8}{'private MB':>12}")
-    for name, row in rows.items():
-        print(f"{name:10}{row['cpu_seconds']:8.2f}{row['private_mb']:12.1f}  {CASES[name]}")
-    print(f"memory {ratios['times_less_private_mb']} x less, CPU {ratios['times_less_cpu_seconds']} x less")
+    lines = [(f"{name}: {CASES[name]}", row["cpu_seconds"], row["private_mb"]) for name, row in rows.items()]
+    print(table(("recall", "CPU s", "private MB"), lines, markdown=options.markdown))
+    less = f"memory {ratios['times_less_private_mb']} x less, CPU {ratios['times_less_cpu_seconds']} x less"
+    print(f"\n{options.size} images and as many captions: {less}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Blocks of both loops alternate in one process on one thread and share the model; the median of the blocks' ratios is
 what counts, since the machine is noisy. Budget: at most 1.03.
 
-    python benchmarks/trainer_overhead.py [--blocks 8] [--steps 20] [--json]
+    python benchmarks/trainer_overhead.py [--blocks 8] [--steps 20] [--json | --markdown]
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from table import table
 
 from clipgraft.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
 from clipgraft.data.base import Sample
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     encoder = tiny_clip(image_size=64, patch=8, width=192, depth=4)
@@ -118,8 +120,9 @@ def main() -> None:
     if options.json:
         print(json.dumps({"bare_ms": plain * 1e3, "clipgraft_ms": ours * 1e3, "ratio": ratio, "budget": 1.03}))
     else:
-        print(f"bare torch loop   {plain * 1e3:7.2f} ms of CPU per step\nclipgraft trainer {ours * 1e3:7.2f} ms")
-        print(f"ratio             {ratio:7.3f} (median of {len(rows)} interleaved blocks; budget 1.03)")
+        lines = [("bare torch", f"{plain * 1e3:.1f}", "1.000"), ("clipgraft", f"{ours * 1e3:.1f}", f"{ratio:.3f}")]
+        print(table(("loop", "CPU ms per step", "ratio"), lines, markdown=options.markdown))
+        print(f"\nmedians of {len(rows)} interleaved blocks; budget 1.03")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ The text tower of a ViT-B-32 with random weights, ImageNet's class names and Ope
 are asked for; 1000 names x 80 templates take open_clip hours on one core, and the ratio hardly depends on how many.
 Both ways tokenise and encode the same prompts on one thread, take turns, and must agree to 1e-5.
 
-    python benchmarks/zero_shot.py [--names 20] [--templates 8] [--repeats 2] [--json]
+    python benchmarks/zero_shot.py [--names 20] [--templates 8] [--repeats 2] [--json | --markdown]
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from table import table
 
 
 def spread(items: Sequence[Any], count: int) -> list[Any]:
@@ -30,6 +32,7 @@ def main() -> None:
     parser.add_argument("--templates", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
 
     import open_clip
@@ -79,9 +82,9 @@ def main() -> None:
     if options.json:
         print(json.dumps(result))
         return
-    print(f"{len(names)} class names x {len(templates)} templates, CPU seconds on one thread")
-    for name, value in best.items():
-        print(f"{name:10}{value:9.2f}{best['open_clip'] / value:8.2f} x")
+    lines = [(name, f"{value:.2f}", f"{best['open_clip'] / value:.2f}") for name, value in best.items()]
+    print(table(("classifier", "CPU s", "times as fast"), lines, markdown=options.markdown))
+    print(f"\n{len(names)} class names in {len(templates)} templates, one thread")
 
 
 if __name__ == "__main__":
