@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -28,7 +29,7 @@ from table import table
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A ratio and its bound. ``path`` are the keys to it in the JSON of ``script`` run with ``words``."""
+    """A ratio (or an exponent of growth) and its bound; ``path``: its keys in the JSON of ``script`` with ``words``."""
 
     script: str
     words: tuple[str, ...]
@@ -58,7 +59,8 @@ def entries(script: str, words: str, *rows: tuple[str, float, str, str]) -> list
     """Entries of one run of ``script``: (path with slashes, bound, "<" or ">", what it says)."""
     kinds: dict[str, Literal["at most", "at least"]] = {"<": "at most", ">": "at least"}
     return [
-        Entry(script, tuple(words.split()), tuple(p.split("/")), bound, kinds[k], says) for p, bound, k, says in rows
+        Entry(script, tuple(shlex.split(words)), tuple(p.split("/")), bound, kinds[k], says)
+        for p, bound, k, says in rows
     ]
 
 
@@ -119,6 +121,18 @@ ENTRIES: tuple[Entry, ...] = (
         "--size 3000",
         ("times_less_cpu_seconds", 3.0, ">", "CPU: recall by one-hot matrices / ours"),
         ("times_less_private_mb", 2.0, ">", "memory: recall by one-hot matrices / ours"),
+    ),
+    *entries(
+        "growth",
+        "--only 'ranks of retrieval;search' --repeats 1",
+        ("cases/ranks of retrieval/fits/time/exponent", 2.2, "<", "growth: time of recall with its pairs, exponent"),
+        (
+            "cases/ranks of retrieval/fits/memory/exponent",
+            1.2,
+            "<",
+            "growth: memory of recall with its pairs, exponent",
+        ),
+        ("cases/search/fits/time/exponent", 1.2, "<", "growth: time of search with its vectors, exponent"),
     ),
     *entries(
         "diffusion_step",
