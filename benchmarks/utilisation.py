@@ -1,10 +1,10 @@
 """Share of the hardware's peak that a recipe's training step uses (model FLOPs utilisation), for any recipe and model.
 
-The recipe runs as users run it, for a few steps. Operations of one step are counted by torch's FlopCounterMode: matrix
-products, convolutions and attention, forward and backward; what is computed twice to save memory counts twice. The
-time of a step is the median over the steps after it, with the device synchronised, data included. The peak is measured
-in the same run, as the best of square matrix products in the run's precision; ``--peak`` takes the data sheet's number
-instead [TFLOP/s].
+The recipe runs as users run it, for a few steps. Operations of one step are counted by the formulas of torch's flop
+counter: matrix products, convolutions and attention, forward and backward; what is computed twice to save memory
+counts twice. The time of a step is the median over the steps after it, with the device synchronised, data included.
+The peak is measured in the same run, as the best of square matrix products in the run's precision; ``--peak`` takes
+the data sheet's number instead [TFLOP/s].
 
 Without ``--set data.from`` the run trains on photographs of scikit-image with captions, written to a temporary folder.
 
@@ -23,10 +23,12 @@ import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from embed_throughput import write_photos
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from clipgraft.execution import run_recipe
 from clipgraft.registry import Registry
@@ -41,6 +43,19 @@ WARM = 3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class Counter(TorchDispatchMode):
+    """Floating-point operations of what runs inside. torch's FlopCounterMode refuses steps that call autograd.grad."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out, formula = func(*args, **(kwargs or {})), flop_registry.get(func._overloadpacket)
+        self.total += 0 if formula is None else int(formula(*args, **(kwargs or {}), out_val=out))
+        return out
+
+
 class Meter:
     """Counts the operations of one step per stage and notes when the steps after it begin."""
 
@@ -48,12 +63,12 @@ class Meter:
         self.flops: dict[str, int] = {}
         self.ticks: dict[str, list[float]] = {}
         self.samples: dict[str, int] = {}
-        self._counter: FlopCounterMode | None = None
+        self._counter: Counter | None = None
 
     @runhook
     def before_step(self, run: Run, stage: TrainStage, step: int, batch: Batch) -> None:
         if step == WARM:
-            self._counter = FlopCounterMode(display=False)
+            self._counter = Counter()
             self._counter.__enter__()
         if step > WARM:
             torch.cuda.synchronize() if run.device.type == "cuda" else None
@@ -64,7 +79,7 @@ class Meter:
     def after_step(self, run: Run, stage: TrainStage, step: int) -> None:
         if self._counter is not None:
             self._counter.__exit__(None, None, None)
-            self.flops[stage.name] = self._counter.get_total_flops()
+            self.flops[stage.name] = self._counter.total
             self._counter = None
 
 
