@@ -227,7 +227,14 @@ def test_damage_in_the_middle_of_a_log_is_named(run_dir: Path) -> None:
 
 
 def test_numbers_for_people() -> None:
-    assert [number(v) for v in (None, 0.0, 0.12345, 1e-5, 12345.0)] == ["–", "0.000", "0.123", "1e-05", "1.23e+04"]
+    assert [number(v) for v in (None, 0.0, 0.12345, 9.8e-4, 1e-5, 12345.0)] == [
+        "–",
+        "0.000",
+        "0.123",
+        "0.001",
+        "1e-05",
+        "1.23e+04",
+    ]
     assert [signed(v) for v in (None, 0.25, -0.25)] == ["–", "+0.250", "−0.250"]
     assert [size(v) for v in (0, 999, 1536, 3 * 1024**2)] == ["0 B", "999 B", "1.5 kB", "3.0 MB"]
 

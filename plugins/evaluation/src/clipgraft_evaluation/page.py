@@ -43,10 +43,10 @@ def told(make: Callable[[], T | None], title: str, missing: list[tuple[str, str]
 
 
 def number(value: float | None) -> str:
-    """Three places for people, two digits of what is smaller; a dash for nothing."""
+    """Three places for people, two digits of what would be 0.000; a dash for nothing."""
     if value is None:
         return "–"
-    return f"{value:.3f}" if 0.001 <= abs(value) < 1000 or value == 0 else f"{value:.{2 if abs(value) < 1 else 3}g}"
+    return f"{value:.3f}" if 0.0005 <= abs(value) < 1000 or value == 0 else f"{value:.{2 if abs(value) < 1 else 3}g}"
 
 
 def signed(value: float | None) -> str:
