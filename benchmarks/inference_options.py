@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 PLAIN = "eager fp32"
@@ -42,6 +43,7 @@ OPTIONS = (
     "medium matmuls", "compile", "compile, frozen", "bf16 weights", "bf16 class token", "bf16 autocast", "compile bf16",
     "compile bf16, frozen", "compile autocast",
 )  # fmt: skip
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
 STEPS = ("plain", "compile", "bf16 autocast", "compile autocast")
 
 
@@ -272,32 +274,33 @@ def start(name: str, options: argparse.Namespace) -> dict[str, float]:
     return found
 
 
-def starts(name: str, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """``start`` in processes of its own: with an empty cache of inductor, then with what the first one left."""
+def starts(name: str, options: argparse.Namespace, cache: Path) -> dict[str, dict[str, float]]:
+    """``start`` in processes of its own: with an empty ``cache`` of inductor, then with what the first one left."""
     found = {}
-    with tempfile.TemporaryDirectory() as cache:
-        for case in ("cold", "warm"):
-            command = [sys.executable, __file__, "--start", name, "--model", options.model]
-            command += ["--batch-size", str(options.batch_size)] + ["--train"] * options.train
-            variables = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-            done = subprocess.run(command, capture_output=True, text=True, env=variables)
-            if done.returncode:
-                sys.exit(f"{name} could not be compiled: {done.stderr.strip().splitlines()[-1]}")
-            found[case] = json.loads(done.stdout.splitlines()[-1])
+    for case in ("cold", "warm"):
+        print(f"{case} start of {name}", file=sys.stderr)
+        command = [sys.executable, __file__, "--start", name, "--model", options.model]
+        command += ["--batch-size", str(options.batch_size)] + ["--train"] * options.train
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, CACHE: str(cache)})
+        if done.returncode:
+            sys.exit(f"{name} could not be compiled: {done.stderr.strip().splitlines()[-1]}")
+        found[case] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def measured(options: argparse.Namespace, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Rows by option."""
+def measured(options: argparse.Namespace, names: list[str], folder: Path) -> dict[str, dict[str, Any]]:
+    """Rows by option; ``folder`` takes what is compiled."""
     from torch.nn import functional as F
 
     size, base = options.batch_size, "plain" if options.train else PLAIN
-    started = {n: starts(n, options) for n in names if n in COMPILED}
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    started = {n: starts(n, options, folder / n.replace(" ", "-")) for n in names if n in COMPILED}
     ways = {name: run for name, run in calls(options, names).items() if name in names}
     rows: dict[str, dict[str, Any]] = {}
     exact = ways[base](size)
     for name, run in ways.items():
         print(f"first call of {name}", file=sys.stderr)
+        os.environ[CACHE] = str(folder / name.replace(" ", "-"))  # inductor reads it whenever it compiles
         found = run(size)
         rows[name] = {"blocks": [], "wall": []}
         if not options.train:
@@ -360,7 +363,8 @@ def main() -> None:
     asked = [n.strip() for n in (options.only or ";".join(known)).split(";" if ";" in (options.only or ";") else ",")]
     if odd := [name for name in asked if name not in known]:
         parser.error(f"{odd[0]!r} is none of: {'; '.join(known)}")
-    rows = measured(options, [known[0], *(n for n in known[1:] if n in asked)])
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measured(options, [known[0], *(n for n in known[1:] if n in asked)], Path(folder))
     if options.json:
         print(json.dumps({"model": options.model, "batch_size": options.batch_size, "options": rows}))
         return
