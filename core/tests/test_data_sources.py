@@ -6,6 +6,7 @@ import os
 import struct
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -219,6 +220,9 @@ class FakeRegistry:
         self.asked = (kind, name, settings)
         return self.source
 
+    def get(self, kind: str, name: str) -> SimpleNamespace:
+        return SimpleNamespace(name=f"toyworld/{name}")
+
 
 def test_registered_datasets_get_typed_settings() -> None:
     registry = FakeRegistry(["a sample"])
@@ -229,6 +233,16 @@ def test_registered_datasets_get_typed_settings() -> None:
         open_source("toyworld/images?split", registry=registry)
     with pytest.raises(InputError, match="toyworld/images is empty"):
         open_source("toyworld/images", registry=FakeRegistry([]))
+
+
+def test_a_name_that_is_a_folder_and_a_dataset_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = FakeRegistry(["a sample"])
+    monkeypatch.chdir(tmp_path)
+    open_source("photos", registry=registry)
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(InputError, match="write folder:photos, csv:photos or toyworld/photos"):
+        open_source("photos?size=8", registry=registry)
+    open_source("toyworld/photos", registry=registry)
 
 
 # -- images ------------------------------------------------------------------------------------------------------------

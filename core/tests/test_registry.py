@@ -9,7 +9,7 @@ from textwrap import dedent
 
 import pytest
 
-from clipgraft.errors import ClipgraftError, InputError, PluginError
+from clipgraft.errors import ClipgraftError, InputError, PluginError, unknown_name
 from clipgraft.registry import KNOWN_PLUGINS, PluginInfo, Registry, current, unmet, use
 
 COUNT = itertools.count()
@@ -196,6 +196,11 @@ def test_names(packages: Packages, monkeypatch: pytest.MonkeyPatch) -> None:
         registry.get("recipe", "famous")
     with pytest.raises(InputError, match="unknown kind 'datasets'; did you mean dataset"):
         registry.list("datasets")  # type: ignore[arg-type]
+
+
+def test_a_long_list_of_names_says_how_many_are_left_out() -> None:
+    assert str(unknown_name("name", "?", "abc")).endswith("known: a, b, c.")
+    assert str(unknown_name("name", "?", map(str, range(10, 30)))).endswith("20, 21 and 8 more.")
 
 
 BUILDABLE = """

@@ -52,9 +52,10 @@ def unknown_name(kind: str, name: str, known: Iterable[str], *, hint: str = "") 
 
     choices = sorted(known)
     close = difflib.get_close_matches(name, choices, n=3, cutoff=0.5) if len(name) < 200 else []
+    more = f" and {len(choices) - 12} more" if len(choices) > 12 else ""
     text = (
         f"did you mean {' or '.join(close)}?"
         if close
-        else f"known: {', '.join(c[:60] for c in choices[:12]) or 'none'}."
+        else f"known: {', '.join(c[:60] for c in choices[:12]) or 'none'}{more}."
     )
     return InputError(f"unknown {kind} {name!r:.100}; {text}{' ' + hint if hint else ''}")

@@ -119,6 +119,17 @@ def test_labels_and_templates_come_from_files(
     assert all(template.count("{}") == 1 for template in read_templates("openai"))
 
 
+def test_labels_that_the_model_cannot_tell_apart_are_named(
+    model: str, encoder: Encoder, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = " ".join(["long"] * encoder.tokenizer.context_length)  # what follows is cut off
+    labels = (f"{long} cat", "dog", f"{long} horse")
+    assert Classifier(encoder, labels).alike() == [labels[0], labels[2]]
+    assert Classifier(encoder, LABELS).alike() == []
+    assert "choose words it knows" in run(capsys, model, "--images", photos, "--labels", ",".join(labels))[1]
+    assert "choose words it knows" not in run(capsys, model, "--images", photos, "--labels", ",".join(LABELS))[1]
+
+
 def test_bad_input_is_one_line(model: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "bare.txt").write_text("no place for the name\n")
@@ -144,6 +155,7 @@ def test_bad_input_is_one_line(model: str, photos: Path, tmp_path: Path, capsys:
     assert "let its name end in" in error(*two, "--out", tmp_path / "a.txt")
     assert "no image found" in error(*two, images=tmp_path / "nothing")
     assert "unknown dataset 'nowhere'" in error(*two, images=Path("nowhere:"))
+    assert "is neither a folder nor an image; as data: unknown dataset" in error(*two, images=tmp_path / "gone")
     out = tmp_path / "a.csv"
     assert "no image that can be read" in error(*two, "--out", out, images=tmp_path / "broken.jpg")
     assert not out.exists() and not list(tmp_path.glob(".*")), "nothing half-written is left"

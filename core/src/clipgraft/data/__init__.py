@@ -55,6 +55,9 @@ def open_source(ref: str, *, registry: Registry | None = None, max_pixels: int =
         if not Path(name).exists():
             raise
         raise InputError(f"{error} For files write {'csv' if Path(name).is_file() else 'folder'}:{name}") from None
+    if "/" not in name and not path and Path(name).exists():
+        full = registry.get("dataset", name).name
+        raise InputError(f"{name} is a file or folder here and a dataset; write folder:{name}, csv:{name} or {full}")
     if not len(source):
         raise InputError(f"{ref} is empty")
     return source

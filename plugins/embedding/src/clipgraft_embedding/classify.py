@@ -57,6 +57,11 @@ class Classifier:
         self.weights = EncoderFeatures(self.encoder).classifier(labels, self.templates)
         self.scale = float(self.encoder.logit_scale.detach().exp())
 
+    def alike(self) -> list[str]:
+        """Labels that the model reads as another one, up to rounding: it has no words for them."""
+        close = self.weights.double() @ self.weights.double().T > 1 - 1e-6  # (K, K)
+        return [label for label, row in zip(self.labels, close, strict=True) if int(row.sum()) > 1]
+
     def probabilities(self, images: Tensor) -> Tensor:
         """(b, D) of length one -> (b, K): softmax of scaled cosines. A sigmoid model's bias cancels in it."""
         return (self.scale * images.double() @ self.weights.double().T).softmax(-1)
@@ -97,7 +102,12 @@ def open_images(ref: str) -> Source:
     if path.is_file():
         return ImageFiles(ref, path.resolve().parent, {path.name: ()}, {}, (), MAX_PIXELS)
     if not path.is_dir():
-        source = open_source(ref)
+        try:
+            source = open_source(ref)
+        except InputError as error:
+            if set(ref) & set(":?"):
+                raise
+            raise InputError(f"{ref} is neither a folder nor an image; as data: {error}") from None
         if hasattr(source, "patterns"):
             raise InputError(f"{ref} holds minimal pairs; give single images")
         return source

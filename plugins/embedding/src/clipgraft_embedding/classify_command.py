@@ -58,6 +58,9 @@ def classify(
         write: Any = stack.enter_context(verdict_file(out, top=top)) if out else None
         encoder = on_device(model, registry=current())
         classifier, source = Classifier(encoder, names, prompts), open_images(images)
+        if same := classifier.alike():
+            shown = ", ".join(same[:6]) + (f" and {len(same) - 6} more" if len(same) > 6 else "")
+            log.info(f"{reference(model)} reads each of these labels as another one; choose words it knows: {shown}")
         size = batch_size or usual_batch_size(encoder)
         chosen = settle(encoder, source, kind="images", asked=precision.value, most=size, log=log)
         bad: list[str] = []
