@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,3 +119,31 @@ def test_only_a_folder_of_a_run_that_never_began_is_begun_anew(tmp_path, names, 
 ])  # fmt: skip
 def test_a_lost_process_is_told_apart_from_other_errors(error, said):
     assert (said in lost_process(error)) and bool(lost_process(error)) == bool(said)
+
+
+def test_a_folder_is_removed_in_one_rename(tmp_path, monkeypatch):
+    """Killed amid the removal, nothing is left under the name; the next removal takes what is left besides."""
+    folder = tmp_path / "step-1"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "inner" / "a").write_text("a")
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil, "rmtree", lambda *args, **options: None)
+        files.remove_folder(folder)
+    assert not folder.exists() and len(list(tmp_path.iterdir())) == 1
+    files.remove_folder(folder)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_took_its_place_is_not_told_as_failed(tmp_path, monkeypatch):
+    """The folder is whole under its name when only the last sync, of what holds it, fails."""
+    sync = files._sync
+
+    def full(path: Path) -> None:
+        if path == tmp_path:
+            raise OSError(28, "No space left on device")
+        sync(path)
+
+    monkeypatch.setattr(files, "_sync", full)
+    with files.whole_folder(tmp_path / "out") as new:
+        (new / "a").write_text("a")
+    files.verify(tmp_path / "out")

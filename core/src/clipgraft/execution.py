@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -177,7 +176,7 @@ def _run_stage(run: Run, plan: StagePlan) -> StageResult:
     """Build and run one stage, or take up what it left when it ended in an earlier process."""
     if run.finished(plan.name):
         run.log.info(f"{plan.name}: already done")
-        shutil.rmtree(run.stage_folder(plan.name) / "state", ignore_errors=True)  # of one that was killed in between
+        files.remove_folder(run.stage_folder(plan.name) / "state")  # of one that was killed in between
         result = run.left_by(plan.name)
         run.encoder = result.encoder or run.encoder
         return result

@@ -9,7 +9,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,7 +142,8 @@ def whole_folder(target: Path, *, marker: str | None = None) -> Iterator[Path]:
         if target.exists():
             target.rename(old)
         draft.rename(target)
-        _sync(target.parent)
+        with suppress(OSError):  # it has taken its place: to fail now would say that the old one is there
+            _sync(target.parent)
     except OSError as error:
         raise ClipgraftError(f"{target} could not be written: {error}; the old one, if any, is unchanged") from error
     finally:
@@ -150,6 +151,15 @@ def whole_folder(target: Path, *, marker: str | None = None) -> Iterator[Path]:
         if old.exists() and not target.exists():
             old.rename(target)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove ``folder``, if it is there, in one rename: no part of it is ever seen under its name."""
+    settle(folder)
+    gone = folder.with_name(f".{folder.name}.new-{os.getpid()}")
+    with suppress(OSError):
+        folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def settle(target: Path) -> None:

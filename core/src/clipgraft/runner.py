@@ -244,9 +244,7 @@ class Run:
                 files.write_json(new / "components.json", {k: m.registered for k, m in shipped(result).items()})
                 if result.encoder is not None:
                     write_export(result.encoder, new / "encoder", lineage=self.lineage())
-            import shutil
-
-            shutil.rmtree(self.stage_folder(plan.name) / "state", ignore_errors=True)
+            files.remove_folder(self.stage_folder(plan.name) / "state")
         distributed.barrier()
         if result.encoder is not None:
             self._encoder = self.open_encoder(str(folder / "encoder"))

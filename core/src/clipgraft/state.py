@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,7 +78,7 @@ class TrainState:
             saved = self.saved()
             done = saved.index(path) + 1  # a later one is damaged, or this step would not be done again
             for old in [*saved[: max(done - keep, 0)], *saved[done:]]:
-                shutil.rmtree(old, ignore_errors=True)
+                files.remove_folder(old)
         distributed.barrier()
         return path
 
