@@ -260,7 +260,7 @@ CASES = (
     Case("zero-shot classifier", "classes", (64, 128, 256, 512, 1024), classifier, {"time": (1.0, 1.1, LINEAR)}),
     Case("ranks of retrieval", "pairs", (2000, 3000, 4000, 6000, 8000), retrieval, {
         "time": (2.0, 2.1, "every image is compared with every caption"),
-        "memory": (0.0, 1.1, "a bounded block of scores is held at a time, and a record per pair"),
+        "memory": (0.0, 0.5, "a bounded block of scores is held at a time, and a record per pair"),
     }),
     Case("soup", "models", (2, 3, 5, 8, 12), merging("soup"), {
         "time": (1.0, 1.1, "each model is hashed and read once"), "memory": (0.0, 0.3, FLAT),
@@ -358,7 +358,7 @@ def plot(found: dict[str, Any], file: Path) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     style = {"font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "growth",
-             "font.family": "DejaVu Sans", "axes.edgecolor": "#888888", "text.color": "#222222"}  # fmt: skip
+             "font.family": "DejaVu Sans", "axes.edgecolor": "#888888", "text.color": "#222222", "xtick.labelsize": 7}  # fmt: skip
     panels = [(name, cost) for name, row in found.items() for cost in row["costs"]]
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
@@ -399,7 +399,9 @@ def table(found: dict[str, Any]) -> list[list[str]]:
     for name, row in found.items():
         for cost, values in row["costs"].items():
             facts = row["fits"][cost]
-            ends = [f"{v * 1e3:.3g} ms" if cost == "time" else f"{v:.3g} MB" for v in (min(values), max(values))]
+            scaled = [v * 1e3 if cost == "time" else v for v in (min(values), max(values))]
+            ends = [f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in scaled]
+            ends = [f"{end} {'ms' if cost == 'time' else 'MB'}" for end in ends]
             cells.append([
                 name, row["unit"], f"{row['sizes'][0]:,} to {row['sizes'][-1]:,}", cost, *ends,
                 f"{facts['exponent']:.2f} ± {facts['error']:.2f}", f"{facts['expected']:g}", f"{facts['bound']:g}",
