@@ -358,7 +358,8 @@ def plot(found: dict[str, Any], file: Path) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     style = {"font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "growth",
-             "font.family": "DejaVu Sans", "axes.edgecolor": "#888888", "text.color": "#222222", "xtick.labelsize": 7}  # fmt: skip
+             "font.family": "DejaVu Sans", "axes.edgecolor": "#888888",
+             "text.color": "#222222", "xtick.labelsize": 7}  # fmt: skip
     panels = [(name, cost) for name, row in found.items() for cost in row["costs"]]
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
