@@ -17,6 +17,8 @@ from clipgraft.errors import InputError
 from clipgraft.evaluation import records
 from clipgraft.evaluation.base import Evaluation
 from clipgraft.evaluation.statistics import Share, intervals
+from clipgraft_evaluation.figures import curve, panels, svg_text
+from clipgraft_evaluation.page import flat
 from clipgraft_evaluation.report_command import report
 from clipgraft_evaluation.two_runs import write_comparison
 
@@ -104,6 +106,21 @@ def test_what_one_alone_measured_is_named(run_dir: Path, other: Path, squares: o
     words = plain(write_comparison(run_dir, other))
     assert "Measured by A alone core/pairs" in words and "Measured by B alone core/retrieval" in words
     assert "top1 0.744 0.900 +0.156" in words
+
+
+def test_settings_are_shown_as_they_are_written() -> None:
+    given = {"losses": [{"use": "core/clip"}, {"use": "x/y", "parts": [1, 2]}], "train": {"lr": 0.1, "ema": None}}
+    assert dict(flat(given, by=".")) == {
+        "losses": "[{use: core/clip}, {use: x/y, parts: [1, 2]}]",
+        "train.lr": "0.1",
+    }
+
+
+def test_steps_are_whole_numbers() -> None:
+    figure, (axis,) = panels(1, width=230, height=150)
+    curve(axis, [10.0, 20.0], [1.0, 2.0], title="loss")
+    svg_text(figure)
+    assert all(float(tick) == int(tick) for tick in axis.get_xticks())
 
 
 def test_runs_without_anything_in_common_are_refused(run_dir: Path, other: Path) -> None:

@@ -111,6 +111,7 @@ def curve(
     axis.plot(steps, smooth(values, window=window), color=color, marker="o" if len(values) == 1 else "", label=label)
     head(axis, title)
     axis.margins(x=0.01)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.ticklabel_format(axis="y", scilimits=(-2, 4))
     axis.yaxis.get_offset_text().set_fontsize(8)
 

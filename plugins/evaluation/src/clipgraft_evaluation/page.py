@@ -100,4 +100,11 @@ def flat(values: Mapping[str, Any], *, by: str = " ", prefix: str = "") -> Itera
         if isinstance(value, Mapping):
             yield from flat(value, by=by, prefix=f"{prefix}{key}{by}")
         elif value is not None:
-            yield f"{prefix}{key}", str(value)
+            yield f"{prefix}{key}", _written(value)
+
+
+def _written(value: Any) -> str:
+    """As it is written in a configuration."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_written(one)}" for key, one in value.items()) + "}"
+    return f"[{', '.join(map(_written, value))}]" if isinstance(value, list | tuple) else str(value)
