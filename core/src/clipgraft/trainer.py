@@ -109,7 +109,7 @@ class Trainer:
                 set_learning_rate(optimizer, learning_rate(cfg, step))
                 held = rng_state()
                 run.hooks.call("before_step", run=run, stage=stage, step=step, batch=batch)
-                output = self._forward_backward(run, wrapped, batch)
+                output = self._forward_backward(run, wrapped, stage, batch)
                 shards.reduce_single() if shards else None
                 if step == start:
                     self._refuse_dead_parameters(stage)
@@ -196,10 +196,9 @@ class Trainer:
         for batch in islice(batches, count):
             yield batch.to(device, non_blocking=True)
 
-    def _forward_backward(self, run: Run, wrapped: nn.Module, batch: Batch) -> StepOutput:
+    def _forward_backward(self, run: Run, wrapped: nn.Module, stage: TrainStage, batch: Batch) -> StepOutput:
         """Gradients of the mean loss over the batch of all ranks; returns the output with detached terms."""
         chunks = self.config.accumulate
-        stage = run.accelerator.unwrap_model(wrapped).stage
         if chunks == 1:
             output: StepOutput = wrapped(batch)
             run.accelerator.backward(output.loss)

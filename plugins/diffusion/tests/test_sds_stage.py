@@ -354,7 +354,7 @@ def test_accumulation_is_exact():
         s = stage(weight=0.7)
         s.critic.parts = Distillation(s.mapper, Fixed(s.critic.parts.loss), s.critic.parts.teacher)
         trainer = Trainer(TrainConfig(steps=1, batch_size=4, lr=1e-3, accumulate=chunks))
-        output = trainer._forward_backward(Alone(), Step(s), batch(s.encoder))
+        output = trainer._forward_backward(Alone(), Step(s), s, batch(s.encoder))
         found.append(({n: p.grad for n, p in s.named_parameters() if p.grad is not None}, output))
     (whole, a), (parts, b) = found
     torch.testing.assert_close(a.loss, b.loss)

@@ -30,7 +30,7 @@ class Preprocess:
         """(B, 3, H, W') in [0, 1] -> standardised pixels for the tower."""
         mean = torch.as_tensor(self.mean, dtype=pixels.dtype, device=pixels.device)[:, None, None]
         std = torch.as_tensor(self.std, dtype=pixels.dtype, device=pixels.device)[:, None, None]
-        return (pixels - mean) / std
+        return (pixels - mean).div_(std)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
