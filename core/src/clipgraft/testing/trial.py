@@ -1,7 +1,7 @@
 """A recipe of a plugin, run for a few steps on small data: what the checks of its stages look at.
 
 The settings are those of the recipe's preset ``tiny``, with few steps and small batches. A recipe without one, or whose
-tiny model and data come from a plugin that is not in use, gets a random CLIP of 60,000 weights and 48 pictures with
+tiny model and data come from a plugin that is not in use, gets a random CLIP of 60,000 weights and 96 pictures with
 captions and labels.
 """
 
@@ -84,7 +84,7 @@ class Trial:
 
     @cached_property
     def pictures(self) -> Path:
-        """48 pictures with captions and labels as a table."""
+        """96 pictures with captions and labels as a table."""
         table = self.folder / "pictures" / "table.csv"
         return table if table.exists() else write_pictures(table.parent)
 
@@ -195,7 +195,7 @@ def _results(run: Path) -> Iterator[tuple[str, Tensor]]:
         yield f"{file.relative_to(run)}: loss", torch.tensor(losses, dtype=torch.float64)
 
 
-def write_pictures(folder: Path, count: int = 48) -> Path:
+def write_pictures(folder: Path, count: int = 96) -> Path:
     """Pictures of noise around four colours as a table ``table.csv`` with captions and labels; returns the table."""
     from PIL import Image
 
