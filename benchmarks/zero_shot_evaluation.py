@@ -102,6 +102,7 @@ def ours(encoder: Any, folder: Path, formats: Sequence[str], batch: int, half: b
     from clipgraft.config.schema import EvaluatorNode
     from clipgraft.evaluation import evaluate, features
     from clipgraft.log import RunLog
+    from clipgraft.performance import quick_products
 
     times: Times = {}
     options = {"precision": "bf16"} if half else {}
@@ -117,9 +118,10 @@ def ours(encoder: Any, folder: Path, formats: Sequence[str], batch: int, half: b
 
     kind.classifier, kind.labels = watched("texts"), watched("images")  # type: ignore[method-assign]
     try:
-        found = evaluate(
-            encoder, [node], default_data=f"folder:{folder}", batch_size=batch, workers=0, log=RunLog(), **options
-        )
+        with quick_products(torch.device("cpu")):  # as the command does
+            found = evaluate(
+                encoder, [node], default_data=f"folder:{folder}", batch_size=batch, workers=0, log=RunLog(), **options
+            )
     finally:
         kind.classifier, kind.labels = plain["texts"], plain["images"]  # type: ignore[method-assign]
     (result,) = found.values()
