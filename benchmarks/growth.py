@@ -295,8 +295,9 @@ def resident(line: str) -> float:
 
 def memory_of(run: Callable[[], Any]) -> float:
     """Peak MB above what was held before, at least ``FLOOR_MB``."""
-    run()  # takes back what the allocator gave away
+    run()
     gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed blocks that are still there would be taken again unseen
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again at VmRSS
     before = resident("VmRSS")
     run()

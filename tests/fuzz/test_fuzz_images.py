@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -103,6 +103,7 @@ def check(arena: Any, content: bytes, *, transforms: bool = True) -> str:
 )
 def test_every_kind_of_picture_is_decoded(arena, kind, size, frames, turn, junk):
     form, mode = kind
+    assume(form != "WEBP" or max(size) <= 16_383)  # which the format can't hold
     content = encoded(form, mode, size, frames=frames, turn=turn, junk=junk)
     said = check(arena, content)
     if mode not in ("I", "F", "LAB") and max(size) < 500 * min(size) and not junk:

@@ -208,6 +208,8 @@ def test_coco_captions(tmp_path: Path) -> None:
     assert "a caption without an image: image_id 99" in line(f"coco:{path}?images={tmp_path}/val")
     path.write_text(json.dumps({**document, "annotations": [{"image_id": 10, "bbox": []}]}))
     assert "use captions_*.json" in line(f"coco:{path}?images={tmp_path}/val")
+    path.write_text(json.dumps({"images": [{"file_name": "0.png"}], "annotations": [{"caption": "x"}]}))
+    assert "an image without an id" in line(f"coco:{path}?images={tmp_path}/val")
     path.write_text("{")
     assert "no JSON" in line(f"coco:{path}?images={tmp_path}/val")
 

@@ -46,6 +46,8 @@ def coco(*, path: str, images: str, max_pixels: int = MAX_PIXELS) -> ImageFiles:
     if odd := [value for value in ids if isinstance(value, list | dict)]:
         raise InputError(f"{name}: an id is {odd[0]!r:.60}; expected numbers or texts")
     files = {row.get("id"): row.get("file_name") for row in _list(document, "images", name)}
+    if None in files:
+        raise InputError(f"{name}: an image without an id; every entry of images needs id and file_name")
     captions: dict[Any, list[Any]] = {key: [] for key in files}
     for row in _list(document, "annotations", name):
         if "caption" not in row:
