@@ -242,7 +242,7 @@ def test_plain_attention_trains_as_torchs_own_choice(world, tmp_path):
 
 
 REFUSED = [
-    ({"performance": "fast"}, "performance"),
+    ({"performance": "fast"}, "performance is 'fast'; write auto, or a block"),
     ({"performance.compile": "maybe"}, "performance.compile"),
     ({"performance.attention": "xformers"}, "performance.attention"),
     ({"precision": "int8"}, "precision"),

@@ -203,6 +203,9 @@ class RunConfig(Config):
     @classmethod
     def _auto_in_a_word(cls, values: Any) -> Any:
         """``performance: auto`` is auto for each of its keys, and for a precision that isn't set."""
-        if not isinstance(values, dict) or values.get("performance") != "auto":
+        word = values.get("performance") if isinstance(values, dict) else None
+        if not isinstance(word, str):
             return values
+        if word != "auto":
+            raise ValueError(f"performance is {word!r}; write auto, or a block with compile, channels_last, attention")
         return {"precision": "auto", **values, "performance": dict.fromkeys(PerformanceConfig.model_fields, "auto")}
