@@ -192,9 +192,12 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def claims(session: nox.Session) -> None:
-    """Check the papers' claims: ``nox -s claims -- NAME --seeds 3``."""
-    command = [shared(session), "-c", "from clipgraft.cli import main; main()", "claims"]
+    """Check the papers' claims: ``nox -s claims -- NAME --seeds 3``; without words all, into docs/claims.md."""
+    python = shared(session)
+    command = [python, "-c", "from clipgraft.cli import main; main()", "claims"]
     session.run(*command, *session.posargs, env={"OMP_NUM_THREADS": "1"}, external=True)
+    if not session.posargs:
+        session.run(python, "docs/claims_page.py", "runs/claims", external=True)
 
 
 @nox.session(venv_backend="none")

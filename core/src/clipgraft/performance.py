@@ -1,8 +1,8 @@
 """How the arithmetic of a run is done: precision, compiled blocks, memory order, attention kernels.
 
 ``auto`` is settled once, from the hardware, before a run writes its config: a run that is resumed or repeated does what
-it did before, wherever that is. On processors ``auto`` takes what was found to pay (docs/benchmarks.md), on GPUs what is
-usual there.
+it did before, wherever that is. On processors ``auto`` takes what was found to pay (docs/benchmarks.md), on GPUs what
+is usual there.
 """
 
 from __future__ import annotations
