@@ -21,12 +21,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from usage import Peak
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -267,12 +268,6 @@ def seconds(case: Case, batch: Batch, steps: int) -> float:
     return (time.process_time() - start) / steps
 
 
-def private() -> int:
-    """Anonymous resident memory of this process [bytes]."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
-
-
 def peak(name: str, folder: Path, size: int) -> dict[str, float]:
     """Private memory that one case needs at most, models included [MB]."""
     import torch
@@ -283,22 +278,12 @@ def peak(name: str, folder: Path, size: int) -> dict[str, float]:
     warm.step(small)  # libraries load and take their buffers
     del warm
     gc.collect()
-    before, highest, done = private(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal highest
-        while not done.wait(0.001):
-            highest = max(highest, private())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    case = opened(name, folder)
-    for _ in range(3):
-        case.stage.zero_grad(set_to_none=True)
-        case.step(batch)
-    done.set()
-    watcher.join()
-    return {"private_mb": (highest - before) / 1e6}
+    with Peak() as found:
+        case = opened(name, folder)
+        for _ in range(3):
+            case.stage.zero_grad(set_to_none=True)
+            case.step(batch)
+    return {"private_mb": found.value - found.start}
 
 
 def main() -> None:

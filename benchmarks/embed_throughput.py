@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from table import table
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from usage import cpu_seconds
 
 from clipgraft.data.folder import open_folder
 from clipgraft.encoders.base import Encoder, Origin
@@ -77,12 +77,6 @@ def peer(encode: Callable[[Tensor], Tensor], data: Files, dtype: torch.dtype, ba
         for pixels in loader:
             found.append(F.normalize(encode(pixels.to(dtype)), dim=-1))
     return torch.cat(found).float()
-
-
-def cpu_seconds() -> float:
-    """Of this process and its finished workers."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_utime + u.ru_stime for u in used)
 
 
 def opened(name: str) -> tuple[Encoder, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Any]:

@@ -25,6 +25,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from table import table
+from usage import resident
+
 FLOOR_MB = 1.0
 """Memory below this is one page cache or another: it counts as this much, so that a flat cost has the exponent 0."""
 
@@ -287,12 +290,6 @@ CASES = (
 )  # fmt: skip
 
 
-def resident(line: str) -> float:
-    """VmRSS or VmHWM of this process [MB of a million bytes]."""
-    text = Path("/proc/self/status").read_text("utf-8")
-    return int(text.split(f"{line}:")[1].split()[0]) * 1024 / 1e6
-
-
 def memory_of(run: Callable[[], Any]) -> float:
     """Peak MB above what was held before, at least ``FLOOR_MB``."""
     run()
@@ -395,9 +392,12 @@ def plot(found: dict[str, Any], file: Path) -> None:
         figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None, dpi=130)
 
 
-def table(found: dict[str, Any]) -> list[list[str]]:
-    """Header and cells."""
-    cells = [["what", "grows with", "sizes", "cost", "least", "most", "exponent", "expected", "bound", ""]]
+HEADER = ("what", "grows with", "sizes", "cost", "least", "most", "exponent", "expected", "bound", "")
+
+
+def cells_of(found: dict[str, Any]) -> list[list[str]]:
+    """Rows under ``HEADER``."""
+    cells = []
     for name, row in found.items():
         for cost, values in row["costs"].items():
             facts = row["fits"][cost]
@@ -443,14 +443,7 @@ def main() -> None:
     if options.json:
         print(json.dumps({"cases": found, "repeats": options.repeats}))
         return
-    cells = table(found)
-    if options.markdown:
-        cells.insert(1, ["---"] * 4 + ["--:"] * 5 + ["---"])
-        print("\n".join(f"| {' | '.join(line)} |" for line in cells))
-        return
-    wide = [max(len(line[k]) for line in cells) for k in range(len(cells[0]))]
-    for line in cells:
-        print("  ".join(c.ljust(w) if k < 4 else c.rjust(w) for k, (c, w) in enumerate(zip(line, wide, strict=True))))
+    print(table(HEADER, cells_of(found), left=4, markdown=options.markdown))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from table import table
+from usage import cpu_seconds
+
 PLAIN = "eager fp32"
 COMPILED = {
     "compile": PLAIN,
@@ -53,12 +56,6 @@ class Option:
 
     encode: Callable[[Any], Any]
     around: Callable[[], Any]
-
-
-def cpu_seconds() -> float:
-    """Of this process and the compilers that it ran."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_utime + u.ru_stime for u in used)
 
 
 @contextmanager
@@ -325,7 +322,7 @@ def measured(options: argparse.Namespace, names: list[str], folder: Path) -> dic
     return rows
 
 
-def table(rows: dict[str, dict[str, Any]], *, train: bool) -> list[list[str]]:
+def cells_of(rows: dict[str, dict[str, Any]], *, train: bool) -> list[list[str]]:
     """Header and cells."""
     head = ["step" if train else "option", "CPU ms per image", "times as fast", "blocks from", "to"]
     head += [] if train else ["error"]
@@ -368,14 +365,8 @@ def main() -> None:
     if options.json:
         print(json.dumps({"model": options.model, "batch_size": options.batch_size, "options": rows}))
         return
-    cells = table(rows, train=options.train)
-    if options.markdown:
-        cells.insert(1, ["---", *["--:"] * (len(cells[0]) - 1)])
-        print("\n".join(f"| {' | '.join(line)} |" for line in cells))
-        return
-    wide = [max(len(line[k]) for line in cells) for k in range(len(cells[0]))]
-    for line in cells:
-        print("  ".join(c.rjust(w) if k else c.ljust(w) for k, (c, w) in enumerate(zip(line, wide, strict=True))))
+    header, *cells = cells_of(rows, train=options.train)
+    print(table(header, cells, markdown=options.markdown))
 
 
 if __name__ == "__main__":

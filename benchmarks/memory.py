@@ -31,9 +31,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from merge_memory import Peak, agree, loaded, write_models
+from merge_memory import agree, loaded, write_models
 from open_clip_loop import alone
 from table import table
+from usage import Peak
 
 ARCH, WEIGHTS = "ViT-B-32", "open_clip_model.safetensors"
 CASES = {

@@ -23,11 +23,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from usage import Peak, resident
 
 AIM = 0.05
 """How far the stream's peak may lie from the one at the fewest models."""
@@ -55,32 +56,6 @@ def write_models(folder: Path, *, arch: str, count: int) -> list[Path]:
                 parameter += 0.01 * torch.randn_like(parameter)
         write_export(encoder, folders[-1])
     return folders
-
-
-class Peak:
-    """The largest RssAnon while the block runs, and the one at its start, in MB."""
-
-    def __enter__(self) -> Peak:
-        self.start = self.value = resident("RssAnon")
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-        self._thread.start()
-        return self
-
-    def _look(self) -> None:
-        while not self._stop.wait(0.001):
-            self.value = max(self.value, resident("RssAnon"))
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self.value = max(self.value, resident("RssAnon"))
-
-
-def resident(name: str) -> float:
-    """A line of Linux's account of this process, in MB of a million bytes."""
-    text = Path("/proc/self/status").read_text("utf-8")
-    return int(text.split(f"{name}:")[1].split()[0]) * 1024 / 1e6
 
 
 def one(case: str, method: str, out: Path, folders: list[Path]) -> dict[str, float]:

@@ -14,21 +14,14 @@ import gc
 import json
 import subprocess
 import sys
-import threading
 import time
-from pathlib import Path
 from typing import Any
 
 from table import table
+from usage import Peak
 
 KS = (1, 5, 10)
 CASES = {"one-hot": "all scores, the k best as one-hot rows", "ours": "ranks, a bounded number of scores at a time"}
-
-
-def private() -> int:
-    """Anonymous resident memory of this process [bytes]."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
 
 
 def one_hot(images: Any, texts: Any) -> dict[str, float]:
@@ -86,21 +79,11 @@ def measure(case: str, size: int, dim: int) -> dict[str, Any]:
     texts = F.normalize(torch.randn(size, dim, generator=rng) + 3.5 * images, dim=-1)
     texts[0] @ images[:64].T  # the matrix library's own buffers
     gc.collect()
-    base, peak, done = private(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, private())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    start = time.thread_time()  # this thread's: the watcher's own reading doesn't count
-    metrics = {"one-hot": one_hot, "ours": ranks}[case](images, texts)
-    seconds = time.thread_time() - start
-    done.set()
-    watcher.join()
-    return {"cpu_seconds": seconds, "private_mb": max(peak, private()) / 1e6 - base / 1e6, "metrics": metrics}
+    with Peak() as peak:
+        start = time.thread_time()  # this thread's: the watcher's own reading doesn't count
+        metrics = {"one-hot": one_hot, "ours": ranks}[case](images, texts)
+        seconds = time.thread_time() - start
+    return {"cpu_seconds": seconds, "private_mb": peak.value - peak.start, "metrics": metrics}
 
 
 def main() -> None:

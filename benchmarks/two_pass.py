@@ -26,9 +26,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from merge_memory import Peak
 from open_clip_loop import KEEP, Steps, alone, noise, opened, ours, stage_of, theirs, twin
 from table import table
+from usage import Peak
 
 BOUND = 1.45
 GRANULE = 4

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import functional as V
+from usage import cpu_seconds
 
 from clipgraft.data.loader import BadSamples
 from clipgraft.encoders.openclip import open_architecture
@@ -86,12 +86,6 @@ def ours(model: VideoModel, source: Videos, *, batch: int, workers: int) -> Tens
     return torch.cat(
         [model(clips).unit() for _, clips in clip_batches(Clips(source), batch_size=batch, bad=bad, workers=workers)]
     )
-
-
-def cpu_seconds() -> float:
-    """Of this process and of its workers that ended."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_utime + u.ru_stime for u in used)
 
 
 def timed(work: Callable[[], Tensor]) -> tuple[Tensor, float, float]:

@@ -30,7 +30,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from embed_throughput import cpu_seconds, write_photos
+from embed_throughput import write_photos
+from table import table
+from usage import cpu_seconds
 
 AIM = 1.2
 """The peer's CPU time over ours, whole evaluation, at fp32."""
@@ -196,7 +198,7 @@ def compare(options: argparse.Namespace, precisions: Sequence[str]) -> dict[str,
     return rows
 
 
-def table(rows: dict[str, Any]) -> list[list[str]]:
+def cells_of(rows: dict[str, Any]) -> list[list[str]]:
     """Header and cells."""
     cells = [["precision", "way", "texts, CPU s", "images, CPU s", "whole, CPU s", "times as fast", "top 1", "top 5"]]
     for precision, row in rows.items():
@@ -237,14 +239,10 @@ def main() -> None:
         settings = {k: v for k, v in vars(options).items() if k not in ("json", "markdown")}
         print(json.dumps({"precisions": rows, "aim": AIM, **settings}))
         return
-    cells = table(rows)
+    header, *cells = cells_of(rows)
+    print(table(header, cells, left=2, markdown=options.markdown))
     if options.markdown:
-        cells.insert(1, ["---", "---", *["--:"] * (len(cells[0]) - 2)])
-        print("\n".join(f"| {' | '.join(line)} |" for line in cells))
         return
-    wide = [max(len(line[k]) for line in cells) for k in range(len(cells[0]))]
-    for line in cells:
-        print("  ".join(c.rjust(w) if k > 1 else c.ljust(w) for k, (c, w) in enumerate(zip(line, wide, strict=True))))
     for precision, row in rows.items():
         print(
             f"{precision}: {row['other_predictions']} predictions differ, {row['without_ties']} of them without a tie"

@@ -1,8 +1,8 @@
 """The fit of benchmarks/growth.py: exponents of exact power laws, and the error of disturbed ones."""
 
-import importlib.util
+import importlib
 import math
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -12,14 +12,10 @@ SIZES = (2, 4, 8, 16, 32)
 
 
 @pytest.fixture(scope="module")
-def growth() -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks" / "growth.py"
-    spec = importlib.util.spec_from_file_location("growth_benchmark", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def growth() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")  # where a script finds its neighbours
+        yield importlib.import_module("growth")
 
 
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0, 2.0, -1.0])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -40,9 +40,14 @@ def fast_precision(device: str) -> Literal["fp32", "bf16"]:
     if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device == "cpu":
-        found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        found = _processor()
         return "bf16" if found.get("avx512_bf16") or found.get("amx_bf16") else "fp32"
     return "fp32"
+
+
+def _processor() -> Mapping[str, object]:
+    """What torch knows of the processor, nothing where it can't tell."""
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
 def settled(config: C) -> tuple[C, list[str]]:
@@ -122,7 +127,7 @@ def quick_products(device: torch.device) -> Iterator[None]:
 @cache
 def _exact_onednn() -> bool:
     """Whether this is a processor on which oneDNN is faster, and rounds no factor."""
-    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    found = _processor()
     if "AMD" not in str(found.get("cpu_name")) or any(found.get(f"amx_{kind}") for kind in ("tile", "bf16", "fp16")):
         return False
     before, g = torch.get_float32_matmul_precision(), torch.Generator().manual_seed(0)

@@ -15,7 +15,7 @@ from clipgraft.registry import current
 
 
 class Precision(StrEnum):
-    """As ``evaluate.precision``."""
+    """Arithmetic of the towers."""
 
     auto = "auto"
     fp32 = "fp32"

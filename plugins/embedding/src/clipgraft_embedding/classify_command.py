@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
+from clipgraft.cli.evaluate import Precision
 from clipgraft.cli.output import JsonFlag, emit
 from clipgraft_embedding.embed_command import (
     BatchOption,
     ModelArgument,
-    PrecisionName,
     PrecisionOption,
     WorkersOption,
     reference,
@@ -32,7 +32,7 @@ def classify(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Ends in .csv, .jsonl or .parquet.")] = None,
     batch_size: BatchOption = None,
     workers: WorkersOption = None,
-    precision: PrecisionOption = PrecisionName.fp32,
+    precision: PrecisionOption = Precision.fp32,
     json: JsonFlag = False,
 ) -> None:
     """Sort images into classes, e.g. clipgraft classify toyworld/clip --images photos --labels cat,dog"""

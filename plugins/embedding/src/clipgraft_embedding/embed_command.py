@@ -10,15 +10,8 @@ from typing import Annotated
 
 import typer
 
+from clipgraft.cli.evaluate import Precision
 from clipgraft.cli.output import JsonFlag, emit
-
-
-class PrecisionName(StrEnum):
-    """Arithmetic of the model."""
-
-    auto = "auto"
-    fp32 = "fp32"
-    bf16 = "bf16"
 
 
 class DtypeName(StrEnum):
@@ -38,7 +31,7 @@ WorkersOption = Annotated[
     int | None, typer.Option(min=0, help="Decoding processes; by default one per core for more than 256 files.")
 ]
 PrecisionOption = Annotated[
-    PrecisionName, typer.Option(help="auto measures a few images and takes bf16 where it is faster.")
+    Precision, typer.Option(help="auto measures a few images and takes bf16 where it is faster.")
 ]
 
 
@@ -49,7 +42,7 @@ def embed(
     texts: Annotated[bool, typer.Option("--texts", help="Embed the captions instead of the images.")] = False,
     batch_size: BatchOption = None,
     workers: WorkersOption = None,
-    precision: PrecisionOption = PrecisionName.fp32,
+    precision: PrecisionOption = Precision.fp32,
     dtype: Annotated[DtypeName, typer.Option(help="Numbers in the file.")] = DtypeName.fp32,
     shard_size: Annotated[int, typer.Option(min=1, help="Samples per part: what an interruption can cost.")] = 2048,
     resume: Annotated[
